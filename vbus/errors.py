@@ -1,0 +1,54 @@
+"""The one exception tree: every refusal of vbus, each class with its errno."""
+
+import errno as _errno
+
+from ioq.errors import RingFault
+from shm.errors import (
+    BusyError,
+    ExistsError,
+    FaultError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    PermissionDeniedError,
+    VbusError,
+)
+
+
+class NoDeviceError(VbusError):
+    """The device lacks what it needs to work, such as its lower device (ENXIO)."""
+
+    errno = _errno.ENXIO
+
+
+class CallTimeoutError(VbusError):
+    """A device did not answer a call within its deadline (ETIMEDOUT)."""
+
+    errno = _errno.ETIMEDOUT
+
+
+class ProtocolError(VbusError):
+    """The peer broke the protocol; its connection cannot go on (EPROTO)."""
+
+    errno = _errno.EPROTO
+
+
+class ConfigError(InvalidError):
+    """A configuration file or value is wrong; the message names the place."""
+
+
+__all__ = [
+    "BusyError",
+    "CallTimeoutError",
+    "ConfigError",
+    "ExistsError",
+    "FaultError",
+    "InvalidError",
+    "NoDeviceError",
+    "NoSpaceError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ProtocolError",
+    "RingFault",
+    "VbusError",
+]
