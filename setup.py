@@ -1,22 +1,30 @@
 """The compiled cores: one limited-API extension per package, over plain C11 headers."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
-INCLUDE = ["shm/include", "ioq/include", "vbus/net/include"]
-HEADERS = {
-    "shm": ["shm/include/shm/space.h", "shm/include/shm/signal.h"],
-    "ioq": ["ioq/include/ioq/ring.h"],
-    "net": ["vbus/net/include/net/venet.h"],
-}
+FOLDERS = {"shm": "shm", "ioq": "ioq", "vbus.net": "vbus/net"}
 
 
-def core(package: str, *uses: str) -> Extension:
+def core(package: str, *below: str) -> Extension:
+    """Give the extension of a package that builds on the cores `below` it."""
+    folders = [FOLDERS[name] for name in (package, *below)]
+    parts = glob(f"{folders[0]}/*.inc")
+    for folder in folders:
+        parts += glob(f"{folder}/include/*/*.h")
     return Extension(
         f"{package}._core",
-        [f"{package.replace('.', '/')}/_core.c"],
-        include_dirs=INCLUDE,
-        depends=[header for use in uses for header in HEADERS[use]],
-        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-cast-function-type"],
+        [f"{folders[0]}/_core.c"],
+        include_dirs=[f"{folder}/include" for folder in folders],
+        depends=parts,
+        extra_compile_args=[
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Wno-cast-function-type",
+        ],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
     )
@@ -24,9 +32,9 @@ def core(package: str, *uses: str) -> Extension:
 
 setup(
     ext_modules=[
-        core("shm", "shm"),
-        core("ioq", "shm", "ioq"),
-        core("vbus.net", "shm", "ioq", "net"),
+        core("shm"),
+        core("ioq", "shm"),
+        core("vbus.net", "shm", "ioq"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

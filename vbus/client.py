@@ -1,0 +1,451 @@
+"""A guest's session on the bus, from NEGOTIATE to the next reset: what it has open.
+
+Holds the two tables that a guest's numbers are looked up in, connections by handle and
+shared memory by signal handle, and leads every connection through its life (`State`).
+Knows nothing of registers and structures. A device's hook may be async; then the
+operation gives a Waiting, which somebody awaits, instead of a result.
+"""
+
+import inspect
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from errno import EIO
+from typing import Any, NamedTuple, TypeVar, cast
+
+import outcome
+import trio
+from outcome import Error, Outcome
+
+from shm import AddressSpace
+from vbus.abi import EventId
+from vbus.bus import Interface
+from vbus.connection import Connection, Ended, SharedMemory, State
+from vbus.device import CallResult, Device
+from vbus.effects import BridgeEffects
+from vbus.errors import (
+    BusyError,
+    ExistsError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+    VbusError,
+)
+from vbus.events import Event, EventQueues
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SHM_LIMIT = 8192
+SIGNAL_LIMIT = 4096
+BACKLOG_LIMIT = 65536
+HANDLE_LIMIT = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A result which is there once `work()` was awaited: `finish` gives it."""
+
+    work: Callable[[], Awaitable[object]]
+    finish: Callable[[Outcome[Any]], int]
+
+
+Result = int | Waiting
+
+
+def settle(step: Callable[[], int], what: object) -> int:
+    """Run `step` to its result; a refusal is its errno, a bug is logged and -EIO."""
+    try:
+        return step()
+    except VbusError as error:
+        return -error.errno
+    except Exception:
+        log.exception("%s failed", what)
+        return -EIO
+
+
+def ask(
+    hook: Callable[[], T | Awaitable[T]],
+    finish: Callable[[Outcome[T]], int],
+    what: object,
+    *,
+    ended: Callable[[Outcome[T]], object] = lambda _: None,
+) -> Result:
+    """Ask a device something, now or, if its hook is async, later.
+
+    `ended` runs in the same step in which the hook ends, whatever became of the guest
+    meanwhile; `finish` only if the guest still waits for the result.
+    """
+    answer = outcome.capture(hook)
+    if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
+        awaitable = cast(Awaitable[T], answer.value)
+
+        async def work() -> T:
+            later: Outcome[T] = await outcome.acapture(_await, awaitable)
+            ended(later)
+            return later.unwrap()
+
+        return Waiting(work, lambda later: settle(lambda: finish(later), what))
+    now = cast("Outcome[T]", answer)
+    ended(now)
+    return settle(lambda: finish(now), what)
+
+
+async def _await(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+class Signal(NamedTuple):
+    """The signal path of one shared memory, made by its DEVSHM (R5)."""
+
+    shm: SharedMemory
+    event: Event
+
+
+def random_handle() -> int:
+    """Make a handle that says nothing and cannot be guessed."""
+    return secrets.randbits(64)
+
+
+@dataclass(slots=True)
+class ClientCounters:
+    """Counted over all sessions of a guest."""
+
+    opens: int = 0
+    closes: int = 0
+    shares: int = 0
+    calls: int = 0
+    failures: int = 0
+    doorbells: int = 0
+    bad_doorbells: int = 0
+
+
+class BusClient:
+    """One session of one guest."""
+
+    def __init__(
+        self,
+        guest: str,
+        memory: AddressSpace,
+        events: EventQueues,
+        effects: BridgeEffects,
+        counters: ClientCounters,
+        *,
+        timeout_s: float,
+        new_handle: Callable[[], int] = random_handle,
+    ) -> None:
+        self.alive = True
+        self.connections: dict[int, Connection] = {}
+        self.signals: dict[int, Signal] = {}
+        self._guest = guest
+        self._memory = memory
+        self._events = events
+        self._effects = effects
+        self._counters = counters
+        self._timeout_s = timeout_s
+        self._new_handle = new_handle
+        self._opening: set[Connection] = set()
+        self._closing: set[Connection] = set()
+        self._next_signal = 0
+        self._shm_count = 0
+        self._signal_count = 0
+
+    def connection(self, handle: int) -> Connection:
+        """Find an open connection of this very guest. Raises NotFoundError (R3)."""
+        try:
+            return self.connections[handle]
+        except KeyError:
+            raise NotFoundError(f"{self._guest}: no handle {handle:#x}") from None
+
+    # Open
+
+    def open(
+        self, interface: Interface, version: int, tell: Callable[[Connection], None]
+    ) -> Result:
+        """Open a device; `tell` writes the handle to the guest."""
+        device = interface.device
+        if version != device.version:
+            raise InvalidError(f"{device.name}: version {version} is not its ABI")
+        if len(device.connections) >= device.max_connections:
+            raise BusyError(f"{device.name} is open already")
+        connection = Connection(device, self._guest, version, self._memory)
+        device.connections.add(connection)
+        self._opening.add(connection)
+
+        def finish(answer: Outcome[None]) -> int:
+            answer.unwrap()
+            if connection.state is not State.OPEN:
+                raise NotFoundError(f"{connection}: ended while it was opened")
+            try:
+                tell(connection)
+            except VbusError:
+                self.end(connection, Ended.FAILED)
+                raise
+            return 0
+
+        return ask(
+            lambda: device.open(connection),
+            finish,
+            f"open of {device.name} by {self._guest}",
+            ended=lambda answer: self._opened(connection, answer),
+        )
+
+    def _opened(self, connection: Connection, answer: Outcome[None]) -> None:
+        self._opening.discard(connection)
+        if isinstance(answer, Error):
+            self._forget(connection)
+        elif connection.state is State.ABORTED:
+            connection.state = State.CLOSING
+            self._close_hook(connection)
+        else:
+            connection.handle = self._unused_handle()
+            connection.state = State.OPEN
+            self.connections[connection.handle] = connection
+            self._counters.opens += 1
+            self._effects.connection_opened(connection)
+
+    def _unused_handle(self) -> int:
+        while True:
+            handle = self._new_handle()
+            if handle and handle not in self.connections:
+                return handle
+
+    # Call
+
+    def call(
+        self,
+        handle: int,
+        func: int,
+        data: bytes,
+        flags: int,
+        reply: Callable[[bytes], None],
+    ) -> Result:
+        """Call a device; `reply` writes what it answers into the guest's buffer."""
+        connection = self.connection(handle)
+        device = connection.device
+        self._counters.calls += 1
+
+        def finish(answer: Outcome[CallResult]) -> int:
+            result, out = _split(answer.unwrap(), device)
+            if out:
+                reply(out)
+            return result
+
+        return ask(
+            lambda: device.call(connection, func, data, flags),
+            finish,
+            f"call {func} of {device.name} by {self._guest}",
+        )
+
+    # Share
+
+    def share(
+        self,
+        handle: int,
+        id: int,
+        make: Callable[[Callable[[], object]], SharedMemory],
+        signal: tuple[int, int] | None,
+    ) -> Result:
+        """Share the memory that `make(post)` gives; `signal` is (prio, cookie)."""
+        connection = self.connection(handle)
+        if id in connection.shm or id in connection.sharing:
+            raise ExistsError(f"{connection}: {id} is shared already")
+        self._check_limits(signal is not None)
+        prio, cookie = signal or (0, 0)
+        event = Event(EventId.SHMSIGNAL, cookie, priority=prio)
+        try:
+            shm = make(lambda: self._events.post(event))
+        except OSError as error:
+            raise NoSpaceError(f"{self._guest}: no doorbell: {error}") from None
+        connection.sharing[id] = shm
+        self._shm_count += 1
+        self._signal_count += signal is not None
+
+        def finish(answer: Outcome[None]) -> int:
+            answer.unwrap()
+            if not shm.accepted:
+                raise NotFoundError(f"{connection}: ended while {id} was shared")
+            return shm.handle or 0
+
+        return ask(
+            lambda: connection.device.share(connection, shm),
+            finish,
+            f"share {id} with {connection.device.name} by {self._guest}",
+            ended=lambda answer: self._shared(connection, Signal(shm, event), answer),
+        )
+
+    def _check_limits(self, with_signal: bool) -> None:
+        if self._shm_count >= SHM_LIMIT:
+            raise NoSpaceError(f"{self._guest}: {SHM_LIMIT} memories are shared")
+        if with_signal and (
+            self._signal_count >= SIGNAL_LIMIT
+            or self._next_signal >= HANDLE_LIMIT
+            or self._events.waiting >= BACKLOG_LIMIT
+        ):
+            raise NoSpaceError(f"{self._guest}: too many signals")
+
+    def _shared(
+        self, connection: Connection, signal: Signal, answer: Outcome[None]
+    ) -> None:
+        shm = signal.shm
+        if connection.sharing.pop(shm.id, None) is None:
+            return  # released with its connection meanwhile
+        if isinstance(answer, Error) or connection.state is not State.OPEN:
+            self._release_shm(shm)
+            return
+        if shm.signal is not None:
+            shm.handle = self._next_signal
+            self._next_signal += 1
+            self.signals[shm.handle] = signal
+        self._counters.shares += 1
+        connection.add(shm)
+        shm.accept()
+
+    def _release_shm(self, shm: SharedMemory) -> None:
+        shm.release()
+        self._shm_count -= 1
+        self._signal_count -= shm.signal is not None
+
+    def ring(self, handle: int) -> None:
+        """The guest signals a memory; an unknown handle is ignored (ABI 3.5)."""
+        signal = self.signals.get(handle)
+        if signal is None:
+            self._counters.bad_doorbells += 1
+        elif (doorbell := signal.shm.doorbell) is not None:
+            self._counters.doorbells += 1
+            doorbell.ring()
+
+    # Close
+
+    def close(self, handle: int) -> Result:
+        """Close for the guest; the memory goes when the device let go of it."""
+        connection = self.connection(handle)
+        self._withdraw(connection, Ended.CLOSED)
+
+        def ended(answer: Outcome[None]) -> None:
+            self._release(connection)
+            self._forget(connection)
+            if isinstance(answer, Error):
+                self._close_failed(connection, answer.error)
+
+        return ask(
+            lambda: connection.device.close(connection),
+            lambda _: 0,
+            f"close of {connection.device.name} by {self._guest}",
+            ended=ended,
+        )
+
+    def end(self, connection: Connection, reason: Ended) -> None:
+        """End an open connection from our side; its memory goes at once."""
+        self._withdraw(connection, reason)
+        self._close_hook(connection)
+
+    def drop(self, interface: Interface) -> None:
+        """A device left the bus: end what this guest has open or opens there."""
+        for connection in [*self._opening, *self.connections.values()]:
+            if connection.device is interface.device:
+                self._abort_or_end(connection, Ended.UNLINKED)
+
+    def shutdown(self) -> None:
+        """End the session: the guest was reset or is gone. No events."""
+        self.alive = False
+        for connection in [*self._opening, *self.connections.values()]:
+            self._abort_or_end(connection, Ended.RESET)
+        for connection in tuple(self._closing):
+            self._release(connection)
+
+    def _abort_or_end(self, connection: Connection, reason: Ended) -> None:
+        if connection.state is State.OPENING:
+            connection.state = State.ABORTED
+        elif connection.state is State.OPEN:
+            self.end(connection, reason)
+
+    def _withdraw(self, connection: Connection, reason: Ended) -> None:
+        """Take the handle away and stop the device's task."""
+        del self.connections[connection.handle]
+        connection.state = State.CLOSING
+        self._closing.add(connection)
+        self._counters.closes += 1
+        self._effects.connection_closed(connection, reason)
+
+    def _close_hook(self, connection: Connection) -> None:
+        """Call the device's close, and take the memory before it can await."""
+        answer = outcome.capture(connection.device.close, connection)
+        self._release(connection)
+        if isinstance(answer, Error):
+            self._close_failed(connection, answer.error)
+        elif answer.value is not None and inspect.isawaitable(answer.value):
+            awaitable = answer.value
+            self._effects.spawn(lambda: self._finish_close(connection, awaitable))
+            return
+        self._forget(connection)
+
+    async def _finish_close(
+        self, connection: Connection, awaitable: Awaitable[None]
+    ) -> None:
+        try:
+            with trio.fail_after(self._timeout_s):
+                await awaitable
+        except Exception as error:
+            self._close_failed(connection, error)
+        finally:
+            self._forget(connection)
+
+    def _close_failed(self, connection: Connection, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error
+        log.error("%r: its close failed", connection, exc_info=error)
+
+    def _release(self, connection: Connection) -> None:
+        """End the use of the guest's memory; each signal ends in one SHMCLOSE."""
+        self._closing.discard(connection)
+        for shm in [*connection.shm.values(), *connection.sharing.values()]:
+            self._release_shm(shm)
+            if shm.handle is not None:
+                signal = self.signals.pop(shm.handle)
+                if self.alive:
+                    self._events.close(signal.event, shm.cookie)
+        connection.shm.clear()
+        connection.sharing.clear()
+
+    def _forget(self, connection: Connection) -> None:
+        connection.state = State.CLOSED
+        connection.device.connections.discard(connection)
+
+    def validate(self) -> None:
+        """Raise AssertionError unless every invariant holds."""
+        for handle, connection in self.connections.items():
+            assert handle == connection.handle != 0
+            assert connection.state is State.OPEN
+            assert connection in connection.device.connections
+        for connection in self._opening:
+            assert connection.state in (State.OPENING, State.ABORTED)
+            assert connection.handle == 0
+        for connection in self._closing:
+            assert connection.state is State.CLOSING
+        holders = [*self.connections.values(), *self._closing]
+        listed = [shm for holder in holders for shm in holder.shm.values()]
+        pending = [shm for holder in holders for shm in holder.sharing.values()]
+        assert len(listed) + len(pending) == self._shm_count
+        assert all(not shm.accepted and shm.handle is None for shm in pending)
+        with_signal = {shm.handle: shm for shm in listed if shm.signal is not None}
+        assert with_signal == {at: path.shm for at, path in self.signals.items()}
+        assert all(0 <= at < self._next_signal for at in self.signals)
+        assert self.alive or not (self.connections or self._closing or self.signals)
+
+
+def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
+    """Tell result and data apart; anything else is a bug of the device."""
+    result, out = 0, b""
+    if isinstance(answer, tuple):
+        result, out = answer
+    elif isinstance(answer, int):
+        result = answer
+    elif answer is not None:
+        out = answer
+    if not isinstance(result, int) or not isinstance(out, bytes | bytearray):
+        raise TypeError(f"{device.name} answers {answer!r}")
+    if not -(1 << 31) <= result < 1 << 31:
+        raise OverflowError(f"{device.name} answers {result}, not a 32-bit result")
+    return result, out

@@ -1,0 +1,1 @@
+"""PCI as a guest sees it: numbers, configuration space, the function contract."""

@@ -1,0 +1,1 @@
+"""vfio-user: PCI functions served to another process over a unix socket."""

@@ -1,0 +1,81 @@
+"""What a server counts, over all its clients."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vbus.pci.constants import REGION_COUNT
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a socket (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True)
+class ServerStatistics:
+    """Counters since the server was made.
+
+    `region_reads` and `region_writes` are by region index, 7 being configuration
+    space. `errors` counts error replies, `protocol_errors` connections that were
+    ended, `interrupts` eventfds signalled.
+    """
+
+    peer: Peer | None
+    clients: int
+    refused: int
+    messages: int
+    region_reads: tuple[int, ...]
+    region_writes: tuple[int, ...]
+    dma_maps: int
+    dma_unmaps: int
+    dma_messages: int
+    irq_settings: int
+    interrupts: int
+    resets: int
+    errors: int
+    protocol_errors: int
+    pending: int
+
+
+@dataclass
+class Counters:
+    """The same while they are counted."""
+
+    clients: int = 0
+    refused: int = 0
+    messages: int = 0
+    region_reads: list[int] = field(default_factory=lambda: [0] * REGION_COUNT)
+    region_writes: list[int] = field(default_factory=lambda: [0] * REGION_COUNT)
+    dma_maps: int = 0
+    dma_unmaps: int = 0
+    dma_messages: int = 0
+    irq_settings: int = 0
+    interrupts: int = 0
+    resets: int = 0
+    errors: int = 0
+    protocol_errors: int = 0
+
+    def frozen(
+        self, peer: Peer | None, interrupts: int, pending: int
+    ) -> ServerStatistics:
+        """Take a snapshot; `interrupts` are those of the client that is there."""
+        return ServerStatistics(
+            peer=peer,
+            clients=self.clients,
+            refused=self.refused,
+            messages=self.messages,
+            region_reads=tuple(self.region_reads),
+            region_writes=tuple(self.region_writes),
+            dma_maps=self.dma_maps,
+            dma_unmaps=self.dma_unmaps,
+            dma_messages=self.dma_messages,
+            irq_settings=self.irq_settings,
+            interrupts=self.interrupts + interrupts,
+            resets=self.resets,
+            errors=self.errors,
+            protocol_errors=self.protocol_errors,
+            pending=pending,
+        )
