@@ -102,7 +102,8 @@ def vde_plug2tap(hub: Place, guests: list[Place], folder: Path) -> None:
 def _start_vde_switch(switch: Path, *options: str) -> None:
     # A pipe that stays open: it ends with its standard input.
     command = ["vde_switch", "-sock", str(switch), *options]
-    subprocess.Popen(command, stdin=subprocess.PIPE, **_QUIET)
+    quiet = subprocess.DEVNULL
+    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     _wait_for(switch / "ctl")
 
 

@@ -12,7 +12,6 @@ from proxy.tasks import beside
 from proxy.vfio_user import SPIN_US, connect
 
 MEMORY_MIB = 64
-_LEAVE_TIMEOUT_S = 10.0
 
 
 @asynccontextmanager
@@ -38,5 +37,5 @@ async def attach(
                 async with beside(bridge.run):
                     yield bridge
             finally:
-                with trio.move_on_after(_LEAVE_TIMEOUT_S, shield=True):
+                with trio.CancelScope(shield=True):
                     await bridge.detach()

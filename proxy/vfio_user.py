@@ -18,11 +18,11 @@ from typing import NamedTuple, TypeVar
 import trio
 
 from ioq import AdaptiveSpin
+from proxy.doorbells import DoorbellTable
 from proxy.errors import UnreachableError, again, refusal
 from proxy.memory import DmaMemory
 from proxy.pci import Abort, Interrupts, PciFunction
 from proxy.tasks import beside
-from shm import Doorbell
 from vbus.errors import InvalidError, NoDeviceError, ProtocolError, VbusError
 from vbus.pci.constants import (
     MSI_ENABLE,
@@ -34,18 +34,19 @@ from vbus.pci.constants import (
 )
 from vbus.vfio_user import wire
 from vbus.vfio_user.transport import FdSocket, Received, close_all
-from vbus.vfio_user.wire import Command, DmaFlag, IoFdType, IrqSetFlag, Message
+from vbus.vfio_user.wire import Command, DmaFlag, IrqSetFlag, Message
 
 MAX_FDS = 8
 """What we take in one message, so that a look for a new doorbell brings few others."""
-SPIN_US = 50.0
+SPIN_US = 80.0
+"""A call takes about 45 us while both ends are awake."""
+ANSWER_TIMEOUT_S = 20.0
+"""Well over the time in which a host answers a call of a device that does not."""
 _RECEIVE_SIZE = 4096
 _VERSION_TIMEOUT_S = 5.0
 _TURN_NS = 50_000
 
 T = TypeVar("T")
-_Place = tuple[int, int, int]
-"""A doorbell: BAR, offset and value."""
 
 
 class _InterruptKind(NamedTuple):
@@ -74,13 +75,14 @@ class ClientStatistics:
 class _Waiter:
     """A request under way: what came of it, and who to wake."""
 
-    __slots__ = ("done", "error", "event", "reply")
+    __slots__ = ("done", "error", "event", "reply", "since_ns")
 
     def __init__(self) -> None:
         self.done = False
         self.reply: Message | None = None
         self.error: VbusError | None = None
         self.event = trio.Event()
+        self.since_ns = time.perf_counter_ns()
 
     def settle(self, reply: Message | None, error: VbusError | None = None) -> None:
         if self.done:  # nobody waits any more
@@ -116,8 +118,7 @@ class VfioUserClient(PciFunction):
         self._spin = AdaptiveSpin(spin_us)
         self._turn_ends = 0
         self._waiters: dict[int, _Waiter | _Callback] = {}
-        self._wanted: set[_Place] = set()
-        self._bells: dict[_Place, Doorbell] = {}
+        self._doorbells = DoorbellTable()
         self._interrupts: dict[int, Interrupts] = {}
         self._requests = self._posted = self._dma_messages = 0
         self._by_eventfd = self._by_message = 0
@@ -148,6 +149,7 @@ class VfioUserClient(PciFunction):
         """Receive until cancelled or until the server is gone: then `error` is set."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._socket.run_sender)
+            nursery.start_soon(self._watch)
             while self.error is None:
                 received = self._socket.receive_nowait(self._receive_size())
                 if received is None:
@@ -158,10 +160,24 @@ class VfioUserClient(PciFunction):
 
     def close(self) -> None:
         """Leave. Whoever waits gets NoDeviceError. Idempotent."""
-        self._lose(NoDeviceError("the connection to the host is closed"))
+        self.lose(NoDeviceError("the connection to the host is closed"))
         self._socket.close()
 
-    def _lose(self, error: VbusError) -> None:
+    async def _watch(self) -> None:
+        """Give the host up once it leaves a request unanswered for too long.
+
+        Some requests cannot be cancelled, so nothing else would end them.
+        """
+        while True:
+            await trio.sleep(ANSWER_TIMEOUT_S / 4)
+            limit = time.perf_counter_ns() - ANSWER_TIMEOUT_S * 1e9
+            for waiter in self._waiters.values():
+                if isinstance(waiter, _Waiter) and waiter.since_ns < limit:
+                    reason = f"the host has not answered for {ANSWER_TIMEOUT_S} s"
+                    self.lose(NoDeviceError(reason))
+                    return
+
+    def lose(self, error: VbusError) -> None:
         """The connection is over: fail all waiters, close all we were given."""
         if self.error is not None:
             return
@@ -172,10 +188,7 @@ class VfioUserClient(PciFunction):
                 waiter.settle(None, error)
         for interrupts in self._interrupts.values():
             interrupts.fail(error)
-        for bell in self._bells.values():
-            bell.close()
-        self._bells.clear()
-        self._wanted.clear()
+        self._doorbells.close()
         close_all(self._connection.abandon())
 
     async def _look_around(self) -> None:
@@ -220,10 +233,8 @@ class VfioUserClient(PciFunction):
         self._socket.send(message)
 
     def ring_doorbell(self, bar: int, offset: int, value: int) -> None:
-        bell = self._bells.get((bar, offset, value))
-        if bell is not None:
+        if self._doorbells.ring((bar, offset, value)):
             self._by_eventfd += 1
-            bell.ring()
         else:
             self._by_message += 1
             self.post_write(bar, offset, value.to_bytes(4, "little"))
@@ -231,7 +242,7 @@ class VfioUserClient(PciFunction):
     def add_doorbell(self, bar: int, offset: int, value: int) -> None:
         if self.error is not None:
             raise again(self.error)
-        self._wanted.add((bar, offset, value))
+        self._doorbells.want((bar, offset, value))
         room = wire.INFO_SIZE + MAX_FDS * wire.IO_FD_SIZE
         request = wire.RegionIoFds(bar, argsz=room).pack()
         ident, message = self._connection.request(
@@ -241,10 +252,7 @@ class VfioUserClient(PciFunction):
         self._socket.send(message)
 
     def remove_doorbell(self, bar: int, offset: int, value: int) -> None:
-        self._wanted.discard((bar, offset, value))
-        bell = self._bells.pop((bar, offset, value), None)
-        if bell is not None:
-            bell.close()
+        self._doorbells.forget((bar, offset, value))
 
     def interrupt_vectors(self, kind: Irq) -> int:
         return self._vectors.get(kind, 0)
@@ -335,12 +343,11 @@ class VfioUserClient(PciFunction):
 
     async def _wait(self, waiter: _Waiter) -> None:
         """Look for the reply for a moment if that pays off, then sleep."""
-        start = time.perf_counter_ns()
         if not await self._spin.look(lambda limit_ns: self._look(waiter, limit_ns)):
             await waiter.event.wait()
             self._turn_ends = time.perf_counter_ns() + _TURN_NS
         now = time.perf_counter_ns()
-        self._spin.learn(now - start)
+        self._spin.learn(now - waiter.since_ns)
         if now >= self._turn_ends:
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._turn_ends = time.perf_counter_ns() + _TURN_NS
@@ -363,7 +370,7 @@ class VfioUserClient(PciFunction):
         data, fds = received
         if not data:
             close_all(fds)
-            self._lose(NoDeviceError("the host closed the connection"))
+            self.lose(NoDeviceError("the host closed the connection"))
             return
         try:
             messages = self._connection.feed(data, fds)
@@ -377,7 +384,7 @@ class VfioUserClient(PciFunction):
                 self._break(error)
 
     def _break(self, error: VbusError) -> None:
-        self._lose(ProtocolError(f"the host broke the protocol: {error}"))
+        self.lose(ProtocolError(f"the host broke the protocol: {error}"))
 
     def _handle(self, message: Message) -> None:
         waiter = self._waiters.pop(message.id, None) if message.is_reply else None
@@ -415,31 +422,15 @@ class VfioUserClient(PciFunction):
             self._socket.send(answer)
 
     def _take_doorbells(self, reply: Message) -> None:
-        """Keep the eventfds of doorbells we want and do not have yet."""
-        fds: list[int | None] = list(reply.fds)
+        if reply.failed:
+            close_all(reply.fds)
+            return
         try:
-            if not reply.failed:
-                answer = _parse(wire.RegionIoFds.unpack, reply)
-                for sub in answer.subregions:
-                    self._keep_doorbell(answer.region, sub, fds)
-        finally:
-            close_all(fd for fd in fds if fd is not None)
-
-    def _keep_doorbell(
-        self, bar: int, sub: wire.SubRegion, fds: list[int | None]
-    ) -> None:
-        place = (bar, sub.offset, sub.datamatch)
-        matched = sub.flags & wire.IoEventFdFlag.DATAMATCH
-        if sub.type != IoFdType.IOEVENTFD or not matched or sub.size != 4:
-            return
-        if place not in self._wanted or place in self._bells:
-            return
-        if sub.fd_index >= len(fds):
-            raise ProtocolError(f"an eventfd number {sub.fd_index} of {len(fds)}")
-        fd = fds[sub.fd_index]
-        if fd is not None:
-            fds[sub.fd_index] = None
-            self._bells[place] = Doorbell.adopt(fd)
+            answer = _parse(wire.RegionIoFds.unpack, reply)
+        except ProtocolError:
+            close_all(reply.fds)
+            raise
+        self._doorbells.take(answer, reply.fds)
 
 
 def _parse(unpack: Callable[[bytes], T], reply: Message) -> T:

@@ -1,6 +1,5 @@
 """What the README shows is what is there, and it runs."""
 
-import os
 import re
 import shlex
 import signal
@@ -63,19 +62,13 @@ def test_every_page_it_links_is_there() -> None:
 
 
 @contextmanager
-def device_daemon(program: Path, *arguments: str, runtime: Path) -> Iterator[str]:
-    """Run a device's program; give its guest's socket. It must end well on SIGTERM."""
-    process = subprocess.Popen(
-        [sys.executable, program, *arguments],
-        env={**os.environ, "VBUS_RUNTIME_DIR": str(runtime)},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process, process.stdout:
+def running(command: list[str], folder: Path) -> Iterator[str]:
+    """Run a device's program; give what it says first. It must end well on SIGTERM."""
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process, process.stderr:
         try:
-            yield process.stdout.readline().split()[-1]
+            yield process.stderr.readline()
             process.send_signal(signal.SIGTERM)
             assert process.wait(DEADLINE_S) == 0
         finally:
@@ -83,13 +76,20 @@ def device_daemon(program: Path, *arguments: str, runtime: Path) -> Iterator[str
 
 
 def test_shown_device_runs_and_answers_the_shown_guest(tmp_path: Path) -> None:
-    """R4, R60, R61: the programs of the README, extracted and run as they stand."""
+    """R4, R60, R61: the programs of the README, run by the commands of the README."""
+    (tmp_path / "examples").mkdir()
     for name, text in shown().items():
-        (tmp_path / Path(name).name).write_text(text)
-    with device_daemon(tmp_path / "dice.py", "sides=20", runtime=tmp_path) as socket:
+        (tmp_path / name).write_text(text)
+    device, guest = (
+        [sys.executable, *shlex.split(line.rstrip("&"))[1:]]
+        for line in shell_lines()
+        if line.startswith(".venv/bin/python examples/")
+    )
+    with running(device, tmp_path) as said:
+        assert said == "org.example.dice at dice.sock\n"
         done = subprocess.run(
-            [sys.executable, tmp_path / "throw.py", socket, "dice"],
-            cwd=ROOT,
+            guest,
+            cwd=tmp_path,
             stdout=subprocess.PIPE,
             check=True,
             timeout=DEADLINE_S,

@@ -222,11 +222,16 @@ class Bridge(ConfiguredFunction):
 
     def connection_failed(self, connection: Connection, error: BaseException) -> None:
         """The task of a connection ended with `error`: end the connection alone."""
+        is_open = connection.state is State.OPEN
+        if isinstance(error, VbusError):
+            if not is_open:
+                return  # it only noticed the end
+            log.warning("%r failed: %s", connection, error)
+        else:
+            log.error("%r failed", connection, exc_info=error)
         self._counters.failures += 1
-        log.error("%r failed", connection, exc_info=error)
-        session = self._session
-        if session is not None and connection.state is State.OPEN:
-            session.client.end(connection, Ended.FAILED)
+        if is_open and self._session is not None:
+            self._session.client.end(connection, Ended.FAILED)
 
     def added(self, interface: Interface) -> None:
         """A device came to the bus."""

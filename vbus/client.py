@@ -364,10 +364,11 @@ class BusClient:
     def _withdraw(self, connection: Connection, reason: Ended) -> None:
         """Take the handle away and stop the device's task."""
         del self.connections[connection.handle]
+        # The task first: it is cancelled, rather than woken up to find the end.
+        self._effects.connection_closed(connection, reason)
         connection.state = State.CLOSING
         self._closing.add(connection)
         self._counters.closes += 1
-        self._effects.connection_closed(connection, reason)
 
     def _close_hook(self, connection: Connection) -> None:
         """Call the device's close, and take the memory before it can await."""

@@ -200,6 +200,10 @@ def short_payload(sock: socket.socket, message: wire.Message) -> bool:
     return True
 
 
+def silence(sock: socket.socket, message: wire.Message) -> bool:
+    return True
+
+
 def hang_up(sock: socket.socket, message: wire.Message) -> bool:
     return False
 
@@ -212,11 +216,17 @@ def hang_up(sock: socket.socket, message: wire.Message) -> bool:
         (wrong_command, ProtocolError),
         (short_payload, ProtocolError),
         (hang_up, NoDeviceError),
+        (silence, NoDeviceError),
     ],
 )
 async def test_a_server_that_breaks_the_protocol_is_left(
-    tmp_path: Path, script: Script, kind: type[VbusError]
+    tmp_path: Path,
+    script: Script,
+    kind: type[VbusError],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nonsense, an end, or no answer at all: a clear error, and nothing left."""
+    monkeypatch.setattr("proxy.vfio_user.ANSWER_TIMEOUT_S", 0.2)
     before = open_fds()
     path = tmp_path / "bad.sock"
     async with trio.open_nursery() as nursery:

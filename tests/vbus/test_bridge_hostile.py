@@ -135,7 +135,7 @@ def test_any_qreg(
 @settings(max_examples=250, deadline=None)
 @given(
     vector=st.integers(0, 4),
-    fields=st.tuples(U32, U32, U32, U32, U32, U32, U64, U64),
+    fields=st.tuples(U32, U32, U32, U32, U32, U64, U64),
     own=st.booleans(),
 )
 def test_any_call_structure(
@@ -143,7 +143,7 @@ def test_any_call_structure(
 ) -> None:
     """With a handle of its own, so that the other fields are reached."""
     handle = recover(pair)
-    a, b, c, d, offset, prio, cookie, gpa = fields
+    a, b, c, offset, prio, cookie, gpa = fields
     first = handle if own else cookie
     argument = {
         0: abi.DEVOPEN.pack(abi.DeviceOpen(a, b, cookie)),

@@ -102,6 +102,32 @@ async def test_bytes_go_through_an_echo_device() -> None:
     assert not effects.failures
 
 
+@pytest.mark.parametrize("how", ["close", "unlink", "detach"])
+async def test_a_normal_end_is_no_failure(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that waits for memory is cancelled, it does not see the end."""
+    async with trio.open_nursery() as nursery:
+        effects = NurseryEffects(nursery)
+        with RecordedBridge({"echo": Echo}, effects=effects) as recorded:
+            effects.failed = recorded.bridge.connection_failed
+            recorded.add("echo0", "echo")
+            await recorded.peer.start()
+            handle = await recorded.peer.open(0)
+            await trio.testing.wait_all_tasks_blocked()
+            if how == "close":
+                await recorded.peer.close_device(handle)
+            elif how == "unlink":
+                recorded.model.unlink("test", "echo0")
+            else:
+                recorded.peer.detach()
+            await trio.testing.wait_all_tasks_blocked()
+            assert recorded.bridge.statistics().connection_failures == 0
+        nursery.cancel_scope.cancel()
+    assert not effects.failures
+    assert not caplog.records
+
+
 # Bad devices
 
 

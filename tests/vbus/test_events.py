@@ -1,4 +1,4 @@
-"""The event queues as a pure state machine: priorities, coalescing, no loss (R6, R7)."""
+"""The event queues as a state machine: priorities, coalescing, no loss (R6, R7)."""
 
 from collections import deque
 

@@ -209,3 +209,25 @@ def test_signal_close_and_drop_events(guest: Guest) -> None:
     guest.recorded.model.unlink("test", "port0")
     assert guest.event(2) == event(SHMCLOSE)
     assert guest.event(3) == event(DEVDROP)
+
+
+# Our extensions, in the same form
+
+DEVNAME = "04000000 00000000 00000000 00000000 706f727430"
+
+
+def test_extension_name_event_and_open_by_name(guest: Guest) -> None:
+    """R2: DEVNAME in the buffer before DEVADD; hypercall 4 fills in id and handle."""
+    offer = NEGOTIATE[:-18] + " 03000000 00000000"
+    assert guest.bridge_call(NEGOTIATE_BAR, offer) == 1
+    assert guest.memory.read(ARGUMENT, 16) == bytes.fromhex(offer)
+    assert guest.bridge_call(FASTCALL_ADD_BAR, FASTCALL_ADD) == 0
+    guest.ring = guest.make_event_ring()
+    assert guest.bridge_call(QREG_BAR, QREG) == 0
+    assert guest.event(0) == event(DEVNAME)
+    assert guest.event(1) == event(DEVADD)
+    argument = bytes.fromhex("01000000 00000000 706f727430").ljust(88, b"\0")
+    after = guest.hypercall("04000000 58000000 00203412" + "00" * 12, argument.hex())
+    assert after == bytes.fromhex("04000000 58000000 00203412" + "00" * 12)
+    opened = argument[:72] + bytes(8) + (1).to_bytes(8, "little")
+    assert guest.memory.read(HYPER, 88) == opened

@@ -1,0 +1,83 @@
+"""The configuration file: what it gives, and that each mistake names its place."""
+
+from pathlib import Path
+
+import pytest
+
+from vbus.config import Config, DeviceConfig, GuestConfig, load, parse, runtime_dir
+from vbus.errors import ConfigError
+
+WHOLE = """
+[daemon]
+runtime_dir = "/run/other"
+
+[[bus]]
+name = "bus0"
+
+[[device]]
+name = "lan0"
+class = "switch"
+mac_limit = 16
+
+[[device]]
+name = "port1"
+class = "venet"
+bus = ["bus0", "bus1"]
+switch = "lan0"
+
+[[guest]]
+name = "g1"
+bus = "bus0"
+msix = false
+"""
+
+
+def test_a_whole_file_gives_buses_devices_with_their_attributes_and_guests() -> None:
+    config = parse(WHOLE)
+    assert config.daemon.runtime_dir == "/run/other"
+    assert [bus.name for bus in config.buses] == ["bus0"]
+    assert config.devices == (
+        DeviceConfig("lan0", "switch", (), {"mac_limit": 16}),
+        DeviceConfig("port1", "venet", ("bus0", "bus1"), {"switch": "lan0"}),
+    )
+    assert config.guests == (GuestConfig("g1", "bus0", msix=False),)
+
+
+def test_an_empty_file_is_an_empty_daemon() -> None:
+    assert parse("") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[[bus]]\n", r"bus\[0\].*name"),
+        ("[[bus]]\nname = 1\n", r"bus\[0\]\.name"),
+        ("[[guest]]\nname = 'g'\nbus = 'b'\nmsi = true\n", r"guest\[0\].*msi"),
+        ("[[device]]\nname = 'd'\n", r"device\[0\].*class"),
+        (
+            "[[device]]\nname='d'\nclass='c'\n[[device]]\nname='e'\nclass='c'\nbus=1\n",
+            r"device\[1\]\.bus",
+        ),
+        ("[deamon]\n", "deamon"),
+        ("[[bus]\n", "line 1"),
+    ],
+)
+def test_a_mistake_names_its_place(text: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=place):
+        parse(text)
+
+
+def test_the_message_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "vbus.toml"
+    with pytest.raises(ConfigError, match=r"vbus\.toml: No such file"):
+        load(path)
+    path.write_text("[[bus]]\n")
+    with pytest.raises(ConfigError, match=r"vbus\.toml: bus"):
+        load(path)
+
+
+def test_the_environment_names_the_runtime_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VBUS_RUNTIME_DIR", "/somewhere")
+    assert runtime_dir() == Path("/somewhere")

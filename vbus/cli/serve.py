@@ -1,0 +1,88 @@
+"""`vbus serve`: the daemon as a process, with its log and its signals."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import click
+import structlog
+import trio
+
+from vbus.config import Config, load, runtime_dir
+from vbus.daemon import Daemon, innermost
+from vbus.errors import ConfigError, VbusError
+
+EXIT_NO_PERMISSION = 77
+EXIT_BAD_CONFIG = 78
+
+
+@click.command()
+@click.option(
+    "--config",
+    "-c",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The configuration; without one the daemon starts empty.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+)
+@click.pass_context
+def serve(context: click.Context, path: Path | None, log_level: str) -> None:
+    """Run the bus daemon until SIGTERM or SIGINT."""
+    _log_to_stderr(log_level)
+    try:
+        config = Config() if path is None else load(path)
+        told = config.daemon.runtime_dir
+        where = runtime_dir() if told is None else Path(told)
+        trio.run(_run, Daemon(config, where))
+    except (VbusError, OSError, ExceptionGroup) as error:
+        if (context.find_root().params or {}).get("debug"):
+            raise
+        context.exit(_explain(innermost(error)))
+
+
+async def _run(daemon: Daemon) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, signals, daemon)
+            await daemon.run()
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], daemon: Daemon) -> None:
+    async for number in signals:
+        logging.getLogger(__name__).info("got %s", signal.Signals(number).name)
+        daemon.stop()
+
+
+def _explain(error: BaseException) -> int:
+    click.echo(f"vbus: {error}", err=True)
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_CONFIG
+    return EXIT_NO_PERMISSION if isinstance(error, PermissionError) else 1
+
+
+def _log_to_stderr(level: str) -> None:
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.dev.ConsoleRenderer(colors=colors),
+            ],
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso"),
+            ],
+        )
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -1,0 +1,136 @@
+"""The daemon's configuration: a TOML file as frozen structs.
+
+Says what buses, devices and guests there shall be; the daemon makes them. A device's
+table holds its name, class and buses, and beside them the attributes of its class,
+which the class itself checks.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vbus.errors import ConfigError
+
+
+class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table [daemon]."""
+
+    runtime_dir: str | None = None
+    """Where the sockets are; see `runtime_dir()` for the default."""
+
+
+class BusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One [[bus]]."""
+
+    name: str
+
+
+class DeviceConfig(msgspec.Struct, frozen=True):
+    """One [[device]]; `attributes` are all its other keys."""
+
+    name: str
+    class_name: str
+    buses: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] = {}
+
+
+class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One [[guest]]: a bridge onto `bus`, at the socket guests/NAME.sock."""
+
+    name: str
+    bus: str
+    msix: bool = True
+    """Show MSI-X beside MSI."""
+    uid: int | None = None
+    """The user whose socket it is; by default the daemon's own."""
+    allow_truncatable: bool = False
+    """Take guest memory that could shrink, and with it the risk of SIGBUS."""
+    spin_us: float = 0
+    """How long at most to look for the next message before sleeping."""
+    call_timeout_s: float = 5.0
+    """The deadline of each call of a device."""
+
+
+class Config(msgspec.Struct, frozen=True):
+    """A whole configuration."""
+
+    daemon: DaemonConfig = DaemonConfig()
+    buses: tuple[BusConfig, ...] = ()
+    devices: tuple[DeviceConfig, ...] = ()
+    guests: tuple[GuestConfig, ...] = ()
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    daemon: DaemonConfig = DaemonConfig()
+    bus: tuple[BusConfig, ...] = ()
+    device: tuple[dict[str, Any], ...] = ()
+    guest: tuple[GuestConfig, ...] = ()
+
+
+class _DeviceHead(msgspec.Struct):
+    name: str
+    class_name: str = msgspec.field(name="class")
+    bus: str | tuple[str, ...] = ()
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read a file. Raises ConfigError, which names the file and the place in it."""
+    try:
+        return parse(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse(text: str) -> Config:
+    """Take the text of a file. Raises ConfigError, which names the place."""
+    try:
+        file = msgspec.convert(tomllib.loads(text), _File)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(error)) from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(_place(error, "")) from None
+    devices = tuple(_device(number, table) for number, table in enumerate(file.device))
+    return Config(file.daemon, file.bus, devices, file.guest)
+
+
+def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
+    try:
+        head = msgspec.convert(table, _DeviceHead)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_place(error, f".device[{number}]")) from None
+    buses = (head.bus,) if isinstance(head.bus, str) else head.bus
+    rest = {
+        key: value
+        for key, value in table.items()
+        if key not in ("name", "class", "bus")
+    }
+    return DeviceConfig(head.name, head.class_name, buses, rest)
+
+
+def _place(error: msgspec.ValidationError, prefix: str) -> str:
+    """Turn msgspec's "... - at `$.guest[0].msix`" into "guest[0].msix: ..."."""
+    message, _, path = str(error).partition(" - at `$")
+    place = (prefix + path.rstrip("`")).lstrip(".")
+    return f"{place}: {message}" if place else message
+
+
+def runtime_dir() -> Path:
+    """Where a daemon of this user keeps its sockets, unless told otherwise.
+
+    Raises ConfigError if this user has no directory for such things.
+    """
+    told = os.environ.get("VBUS_RUNTIME_DIR")
+    if told:
+        return Path(told)
+    if os.geteuid() == 0:
+        return Path("/run/vbus")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if not base:
+        raise ConfigError("neither VBUS_RUNTIME_DIR nor XDG_RUNTIME_DIR is set")
+    return Path(base) / "vbus"
