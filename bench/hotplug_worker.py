@@ -4,16 +4,11 @@ Arguments: its socket, the control socket, the number of devices. The time runs 
 first request to add one until the guest's driver has opened the last.
 """
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 
 import trio
 
-from bench.processes import report
 from proxy.device import DeviceProxy
-from proxy.guest import attach
-from proxy.registry import DriverHost, Report, State
 
 
 class Opener:

@@ -49,8 +49,9 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The user whose socket it is; by default the daemon's own."""
     allow_truncatable: bool = False
     """Take guest memory that could shrink, and with it the risk of SIGBUS."""
-    spin_us: float = 0
-    """How long at most to look for the next message before sleeping."""
+    spin_us: float = 50
+    """How long at most to look for the next message before sleeping; 0 suits a
+    virtual machine without hardware help, which needs every core itself."""
     call_timeout_s: float = 5.0
     """The deadline of each call of a device."""
 

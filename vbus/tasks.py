@@ -47,7 +47,9 @@ class BridgeTasks:
                 await trio.lowlevel.checkpoint_if_cancelled()
                 await connection.device.run(connection)
         except Exception as error:
-            self.failed(connection, error)
+            # Once it is closed, whatever the task ran into is the end of the closed.
+            if not scope.cancel_called:
+                self.failed(connection, error)
         finally:
             del self.running[connection]
 
