@@ -36,7 +36,7 @@ class Daemon:
         """Take a configuration; nothing is made before `run`."""
         self.config = config
         self.runtime_dir = runtime_dir
-        self.model = BusModel() if model is None else model
+        self.model: BusModel = BusModel() if model is None else model
         self.guests: dict[str, Guest] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}

@@ -1,0 +1,124 @@
+"""The command `vbus`: a tree of commands, each loaded when it is asked for.
+
+Ours are in the modules beside this one. Other packages add theirs by entry points of
+the group "vbus.commands", whose name is the place in the tree: "guest.run".
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from vbus.errors import NoDeviceError, VbusError
+
+ENTRY_POINT_GROUP = "vbus.commands"
+EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 3, 4, 130
+
+OWN = {
+    "serve": "vbus.cli.serve:serve",
+    "demo": "vbus.cli.demo:demo",
+    "bus": "vbus.cli.objects:bus",
+    "class": "vbus.cli.objects:device_class",
+    "device": "vbus.cli.objects:device",
+    "guest": "vbus.cli.objects:guest",
+    "events": "vbus.cli.watching:events",
+    "stats": "vbus.cli.watching:stats",
+    "tree": "vbus.cli.watching:tree",
+}
+
+
+class Tree(click.Group):
+    """A group that also holds the commands at its place in the entry points."""
+
+    def __init__(self, *args: Any, place: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._place = place
+
+    def _added(self) -> dict[str, EntryPoint]:
+        prefix = f"{self._place}." if self._place else ""
+        found = {}
+        for entry in entry_points(group=ENTRY_POINT_GROUP):
+            name = entry.name.removeprefix(prefix)
+            if entry.name.startswith(prefix) and "." not in name:
+                found[name] = entry
+        return found
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._added()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = self._added().get(cmd_name)
+        return None if entry is None else _command(entry.load())
+
+
+class _Root(Tree):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *OWN})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in OWN:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = OWN[cmd_name].partition(":")
+        return _command(getattr(import_module(module), name))
+
+
+def _command(found: object) -> click.Command:
+    assert isinstance(found, click.Command)
+    return found
+
+
+@click.command(cls=_Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vbus")
+@click.option(
+    "-R",
+    "--runtime-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the daemon has its sockets.",
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def vbus(runtime_dir: Path | None, debug: bool) -> None:
+    """A device bus for guests, in user space."""
+    if runtime_dir is not None:
+        os.environ["VBUS_RUNTIME_DIR"] = str(runtime_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit; errors are one line on stderr."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = vbus.main(words, prog_name="vbus", standalone_mode=False)
+    except Exception as error:
+        if "--debug" in words:
+            raise
+        status = _explain(error)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong and give the exit status; re-raise what is a bug."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, click.Abort):
+        return EXIT_INTERRUPTED
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, trio.TooSlowError):
+        click.echo("vbus: the daemon does not answer", err=True)
+        return EXIT_TIMEOUT
+    if not isinstance(error, VbusError | OSError):
+        raise error
+    click.echo(f"vbus: {error}", err=True)
+    unreachable = isinstance(error, NoDeviceError)
+    return EXIT_UNREACHABLE if unreachable else EXIT_REFUSED

@@ -1,0 +1,1 @@
+"""Management of a running daemon: msgpack messages over a unix socket."""

@@ -1,0 +1,101 @@
+"""The other end of the control socket: what the command line and scripts use."""
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import trio
+
+from vbus.control import wire
+from vbus.errors import NoDeviceError, ProtocolError, VbusError
+
+_RECEIVE_SIZE = 65536
+
+
+class UnreachableError(NoDeviceError):
+    """No daemon answers on the control socket."""
+
+
+class RefusedError(VbusError):
+    """The daemon refused; `code` is the errno's name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def number(self) -> int:
+        """The errno, EIO if it has no name here."""
+        return getattr(errno, self.code, errno.EIO)
+
+
+class ControlClient:
+    """One connection to a daemon, for one task at a time.
+
+    async with ControlClient(path) as control:
+        devices = await control.request("device.show")
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+        self._frames = wire.Frames()
+        self._bodies: list[bytes] = []
+        self._last_id = 0
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises UnreachableError."""
+        self._sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            await self._sock.connect(self._path)
+        except OSError as error:
+            self._sock.close()
+            reason = error.strerror or str(error)
+            raise UnreachableError(f"no daemon at {self._path}: {reason}") from None
+        except BaseException:
+            self._sock.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._sock.close()
+
+    async def request(self, op: str, **args: object) -> Any:
+        """Ask and give the result. Raises RefusedError, ProtocolError."""
+        await self._ask(op, args)
+        return (await self._answer()).result
+
+    async def events(self) -> AsyncIterator[dict[str, object]]:
+        """Give every change from now on; the connection is for nothing else then."""
+        await self.request("events")
+        while True:
+            event = (await self._answer()).event
+            if event is not None:
+                yield event
+
+    async def _ask(self, op: str, args: dict[str, object]) -> None:
+        self._last_id += 1
+        request = wire.Request(wire.VERSION, self._last_id, op, args)
+        data = memoryview(wire.encode(request))
+        try:
+            while data:
+                data = data[await self._sock.send(data) :]
+        except BrokenPipeError:
+            pass  # refused: the answer says why
+
+    async def _answer(self) -> wire.Answer:
+        while not self._bodies:
+            try:
+                data = await self._sock.recv(_RECEIVE_SIZE)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise UnreachableError(f"the daemon at {self._path} hung up")
+            self._bodies.extend(self._frames.feed(data))
+        answer = wire.to_answer(self._bodies.pop(0))
+        if answer.error is not None:
+            raise RefusedError(answer.error.errno, answer.error.message)
+        if answer.id != self._last_id:
+            raise ProtocolError(f"answer {answer.id} to request {self._last_id}")
+        return answer
