@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 _READY_S = 20
-VBUS = Path(os.environ.get("G_VBUS") or Path(sys.executable).with_name("vbus"))
+VBUS = Path(sys.executable).with_name("vbus")
 
 
 class Daemon:
@@ -27,9 +27,11 @@ class Daemon:
         path = self.runtime / "vbus.toml"
         path.write_text(config)
         self.environment = {**os.environ, "VBUS_RUNTIME_DIR": str(self.runtime)}
-        self._process = subprocess.Popen(
-            [VBUS, "serve", "--config", path], env=self.environment
-        )
+        self._log = self.runtime / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [VBUS, "serve", "--config", path], env=self.environment, stderr=log
+            )
         if core is not None:
             os.sched_setaffinity(self.pid, {core})
 
@@ -43,7 +45,7 @@ class Daemon:
         end = time.monotonic() + _READY_S
         while not path.exists():
             if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the daemon does not serve {guest}")
+                raise RuntimeError(f"{guest} is not served: {self._log.read_text()}")
             time.sleep(0.01)
         return path
 

@@ -4,7 +4,7 @@ import sys
 
 import trio
 
-from proxy.guest import attach
+from proxy import attach
 
 
 async def throw(socket: str, name: str) -> None:

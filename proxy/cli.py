@@ -9,11 +9,10 @@ import msgspec
 import trio
 
 from proxy.bridge import BridgeDriver
-from proxy.errors import UnreachableError
 from proxy.guest import MEMORY_MIB, attach
 from proxy.registry import DriverHost, Report
 from proxy.tasks import beside
-from vbus.errors import VbusError
+from vbus.errors import UnreachableError, VbusError
 
 VENET = "virtual-ethernet"
 EXIT_REFUSED, EXIT_UNREACHABLE = 1, 3

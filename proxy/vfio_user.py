@@ -19,11 +19,17 @@ import trio
 
 from ioq import AdaptiveSpin
 from proxy.doorbells import DoorbellTable
-from proxy.errors import UnreachableError, again, refusal
+from proxy.errors import again, refusal
 from proxy.memory import DmaMemory
 from proxy.pci import Abort, Interrupts, PciFunction
 from proxy.tasks import beside
-from vbus.errors import InvalidError, NoDeviceError, ProtocolError, VbusError
+from vbus.errors import (
+    InvalidError,
+    NoDeviceError,
+    ProtocolError,
+    UnreachableError,
+    VbusError,
+)
 from vbus.pci.constants import (
     MSI_ENABLE,
     MSIX_ENABLE,

@@ -33,8 +33,39 @@ class ProtocolError(VbusError):
     errno = _errno.EPROTO
 
 
+class UnreachableError(VbusError):
+    """Nobody serves on that socket (ENXIO)."""
+
+    errno = _errno.ENXIO
+
+
 class ConfigError(InvalidError):
     """A configuration file or value is wrong; the message names the place."""
+
+
+_CLASSES: dict[int, type[VbusError]] = {
+    error.errno: error
+    for error in (
+        BusyError,
+        CallTimeoutError,
+        ExistsError,
+        FaultError,
+        InvalidError,
+        NoDeviceError,
+        NoSpaceError,
+        NotFoundError,
+        PermissionDeniedError,
+        ProtocolError,
+    )
+}
+
+
+def class_of(errno: int) -> type[VbusError]:
+    """Give the class for what somebody else refused with `errno`."""
+    kind = _CLASSES.get(errno)
+    if kind is None:
+        kind = _CLASSES[errno] = type("HostError", (VbusError,), {"errno": errno})
+    return kind
 
 
 __all__ = [
@@ -50,5 +81,7 @@ __all__ = [
     "PermissionDeniedError",
     "ProtocolError",
     "RingFault",
+    "UnreachableError",
     "VbusError",
+    "class_of",
 ]

@@ -9,7 +9,6 @@ import pytest
 import trio
 import trio.testing
 
-from proxy.errors import UnreachableError
 from proxy.guest import attach
 from proxy.memory import BASE_ADDRESS, DmaMemory
 from proxy.vfio_user import VfioUserClient, connect
@@ -21,6 +20,7 @@ from vbus.errors import (
     InvalidError,
     NoDeviceError,
     ProtocolError,
+    UnreachableError,
     VbusError,
 )
 from vbus.pci.constants import Irq, Region

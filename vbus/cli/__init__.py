@@ -15,7 +15,7 @@ from typing import Any
 import click
 import trio
 
-from vbus.errors import NoDeviceError, VbusError
+from vbus.errors import UnreachableError, VbusError
 
 ENTRY_POINT_GROUP = "vbus.commands"
 EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 3, 4, 130
@@ -120,5 +120,5 @@ def _explain(error: BaseException) -> int:
     if not isinstance(error, VbusError | OSError):
         raise error
     click.echo(f"vbus: {error}", err=True)
-    unreachable = isinstance(error, NoDeviceError)
+    unreachable = isinstance(error, UnreachableError)
     return EXIT_UNREACHABLE if unreachable else EXIT_REFUSED

@@ -9,26 +9,9 @@ from typing import Any, Self
 import trio
 
 from vbus.control import wire
-from vbus.errors import NoDeviceError, ProtocolError, VbusError
+from vbus.errors import ProtocolError, UnreachableError, class_of
 
 _RECEIVE_SIZE = 65536
-
-
-class UnreachableError(NoDeviceError):
-    """No daemon answers on the control socket."""
-
-
-class RefusedError(VbusError):
-    """The daemon refused; `code` is the errno's name."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-    @property
-    def number(self) -> int:
-        """The errno, EIO if it has no name here."""
-        return getattr(errno, self.code, errno.EIO)
 
 
 class ControlClient:
@@ -62,7 +45,8 @@ class ControlClient:
         self._sock.close()
 
     async def request(self, op: str, **args: object) -> Any:
-        """Ask and give the result. Raises RefusedError, ProtocolError."""
+        """Ask and give the result. Raises the VbusError of the
+        daemon's refusal, or ProtocolError."""
         await self._ask(op, args)
         return (await self._answer()).result
 
@@ -95,7 +79,8 @@ class ControlClient:
             self._bodies.extend(self._frames.feed(data))
         answer = wire.to_answer(self._bodies.pop(0))
         if answer.error is not None:
-            raise RefusedError(answer.error.errno, answer.error.message)
+            number = getattr(errno, answer.error.errno, errno.EIO)
+            raise class_of(number)(answer.error.message)
         if answer.id != self._last_id:
             raise ProtocolError(f"answer {answer.id} to request {self._last_id}")
         return answer

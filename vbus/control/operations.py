@@ -19,6 +19,8 @@ from vbus.config import GuestConfig
 from vbus.device import Device
 from vbus.errors import InvalidError, NotFoundError
 from vbus.guest import Guest
+from vbus.pci.constants import Irq
+from vbus.pci.function import ConfiguredFunction
 
 if TYPE_CHECKING:
     from vbus.daemon import Daemon
@@ -99,10 +101,21 @@ def show_guest(guest: Guest) -> dict[str, object]:
         "socket": str(guest.path),
         "msix": guest.config.msix,
         "attached": guest.bridge.attached,
+        "pci": {
+            "functions": 1,
+            "bars": len(guest.bridge.config.bars),
+            "vectors": guest.bridge.irq_count(Irq.MSIX)
+            or guest.bridge.irq_count(Irq.MSI),
+        },
         "connections": [
             connection.device.name for connection in guest.bridge.connections
         ],
     }
+
+
+def _footprint(function: ConfiguredFunction) -> dict[str, int]:
+    vectors = function.irq_count(Irq.MSIX) or function.irq_count(Irq.MSI)
+    return {"functions": 1, "bars": len(function.config.bars), "vectors": vectors}
 
 
 def _plain(value: object) -> object:

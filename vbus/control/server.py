@@ -2,8 +2,6 @@
 
 import logging
 import os
-import socket
-import struct
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +12,7 @@ import trio
 from vbus.control import wire
 from vbus.control.operations import errno_name, perform
 from vbus.errors import InvalidError, PermissionDeniedError, ProtocolError, VbusError
+from vbus.sockets import listen, peer_of, unlinker
 
 if TYPE_CHECKING:
     from vbus.daemon import Daemon
@@ -23,7 +22,6 @@ EVENT_BACKLOG = 4096
 _SEND_TIMEOUT_S = 10
 _ACCEPT_PAUSE_S = 0.1
 _RECEIVE_SIZE = 65536
-_UCRED = struct.Struct("iII")
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +44,17 @@ class ControlServer:
     ) -> None:
         """Listen until cancelled; started once the socket is there.
 
-        The caller holds the lock of the directory, so a socket found is a stale one.
+        Raises BusyError, ExistsError or OSError if it cannot be.
         """
-        self._path.unlink(missing_ok=True)
-        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            # Linux gives the socket's file the mode of the descriptor.
-            os.fchmod(listener.fileno(), 0o600)
-            await listener.bind(str(self._path))
+        with trio.socket.from_stdlib_socket(listen(self._path)) as listener:
+            unlink = unlinker(self._path)
             try:
-                listener.listen()
                 async with trio.open_nursery() as nursery:
                     task_status.started()
                     while True:
                         await self._accept(listener, nursery)
             finally:
-                self._path.unlink(missing_ok=True)
+                unlink()
 
     async def _accept(
         self, listener: trio.socket.SocketType, nursery: trio.Nursery
@@ -86,11 +80,9 @@ class ControlServer:
             self._clients -= 1
 
     def _refusal(self, sock: trio.socket.SocketType) -> VbusError | None:
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        assert isinstance(raw, bytes)
-        pid, uid, _ = _UCRED.unpack(raw)
-        if uid not in self._allowed:
-            logger.warning("control client %d of uid %d refused", pid, uid)
+        peer = peer_of(sock)
+        if peer.uid not in self._allowed:
+            logger.warning("control client %d of uid %d refused", peer.pid, peer.uid)
             return PermissionDeniedError("this daemon belongs to another user")
         if self._clients > CLIENT_LIMIT:
             return InvalidError(f"more than {CLIENT_LIMIT} control clients")

@@ -9,8 +9,6 @@ import logging
 import os
 import select
 import socket
-import stat
-import struct
 from collections.abc import Collection, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,18 +16,17 @@ from typing import Any
 
 import trio
 
-from vbus.errors import BusyError, ExistsError, NoDeviceError, ProtocolError
+from vbus.errors import NoDeviceError, ProtocolError
 from vbus.pci.function import PciFunction
+from vbus.sockets import Peer, listen, peer_of, unlinker
 from vbus.vfio_user import wire
 from vbus.vfio_user.session import Session
-from vbus.vfio_user.statistics import Counters, Peer, ServerStatistics
+from vbus.vfio_user.statistics import Counters, ServerStatistics
 from vbus.vfio_user.transport import FdSocket, close_all
 
-_BACKLOG = 8
 _REFUSAL_TIMEOUT_S = 2.0
 _MOST_REFUSALS = 8
 _ACCEPT_PAUSE_S = 0.1
-_UCRED = struct.Struct("iII")
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +75,8 @@ class VfioUserServer:
         Raises BusyError if another server answers on the path and ExistsError if
         something that is no socket stands there.
         """
-        listener = self._listen()
-        identity = os.stat(self.path)
+        listener = listen(self.path, self._owner_uid)
+        unlink = unlinker(self.path)
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()
@@ -87,9 +84,7 @@ class VfioUserServer:
                     await self._accept(listener, nursery)
         finally:
             listener.close()
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self.path), identity):
-                    self.path.unlink()
+            unlink()
 
     def statistics(self) -> ServerStatistics:
         """Take a snapshot of the counters."""
@@ -118,27 +113,6 @@ class VfioUserServer:
 
     # The socket
 
-    def _listen(self) -> socket.socket:
-        _remove_stale(self.path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.setblocking(False)
-            # Linux makes the socket's file with the mode of the descriptor, so at no
-            # time can anybody else open it.
-            os.fchmod(listener.fileno(), 0o600)
-            listener.bind(str(self.path))
-            try:
-                if self._owner_uid != os.geteuid():
-                    os.chown(self.path, self._owner_uid, -1)
-                listener.listen(_BACKLOG)
-            except OSError:
-                self.path.unlink()
-                raise
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-
     async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
         await trio.lowlevel.wait_readable(listener)
         try:
@@ -150,7 +124,7 @@ class VfioUserServer:
             await trio.sleep(_ACCEPT_PAUSE_S)
             return
         fd_socket = FdSocket(sock, wire.MAX_MSG_FDS)
-        peer = _peer(sock)
+        peer = peer_of(sock)
         try:
             code, why = await self._refusal(peer)
         except trio.Cancelled:
@@ -243,33 +217,8 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
         return f"{self._name}: {msg}", kwargs
 
 
-def _peer(sock: socket.socket) -> Peer:
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return Peer(*_UCRED.unpack(raw))
-
-
 def _hung_up(sock: FdSocket) -> bool:
     """Has the client left, though its session may not have noticed yet?"""
     poll = select.poll()
     poll.register(sock.fileno(), select.POLLRDHUP)
     return bool(poll.poll(0))
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that a dead server left behind, nothing else."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ExistsError(f"{path} is there and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except BlockingIOError:
-            pass
-    raise BusyError(f"another server answers on {path}")

@@ -1,17 +1,9 @@
 """What a server counts, over all its clients."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from vbus.pci.constants import REGION_COUNT
-
-
-class Peer(NamedTuple):
-    """Who is at the other end of a socket (SO_PEERCRED)."""
-
-    pid: int
-    uid: int
-    gid: int
+from vbus.sockets import Peer
 
 
 @dataclass(frozen=True)

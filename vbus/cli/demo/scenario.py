@@ -1,0 +1,225 @@
+"""What happens in the demo, in order; run inside of its namespaces by `vbus demo`."""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+import trio
+
+from vbus.cli.demo import report
+from vbus.cli.demo.stage import DemoError, Guest, Stage
+from vbus.errors import VbusError
+
+PINGS = 200
+HOST = "10.90.0.1"
+ADDRESSES = {"g1": "10.90.0.11", "g2": "10.90.0.12"}
+HOT, HOT_ADDRESS = "net-hot", "10.91.0.11"
+_UPLINK = f"""
+[[device]]
+name = "uplink"
+class = "switch-tap"
+switch = "lan0"
+ifname = "vbus-host"
+address = "{HOST}/24"
+"""
+_GUEST = """
+[[bus]]
+name = "{0}"
+[[device]]
+name = "net-{0}"
+class = "venet"
+bus = "{0}"
+switch = "lan0"
+[[guest]]
+name = "{0}"
+bus = "{0}"
+"""
+
+
+def config(*, uplink: bool) -> str:
+    """Write the daemon's configuration: a switch, a bus and a port for each guest."""
+    parts = ['[[device]]\nname = "lan0"\nclass = "switch"\n']
+    parts += [_UPLINK] if uplink else []
+    return "".join([*parts, *map(_GUEST.format, ADDRESSES)])
+
+
+class Scenario:
+    """One run of the demo; fills `result` as it goes."""
+
+    def __init__(self, stage: Stage, seconds: float, *, frames: bool) -> None:
+        self.stage = stage
+        self.seconds = seconds
+        self.frames = frames
+        self.guests: dict[str, Guest] = {}
+        self.counted: list[dict[str, Any]] = []
+        self.result: dict[str, Any] = {}
+
+    async def run(self) -> None:
+        """Everything. Raises DemoError, VbusError."""
+        await self.stage.serve(config(uplink=not self.frames))
+        for name in ADDRESSES:
+            await self.start(name)
+        if self.frames:
+            await self.generated()
+        else:
+            await self.pings()
+            await self.transfers()
+        await self.kill_and_attach("g2")
+        for guest in self.guests.values():
+            self.counted.append(await guest.ask_statistics())
+        shown = (await self.stage.ask("guest.show", name="g1"))[0]
+        self.result |= report.counters(self.counted)
+        self.result["pci"] = report.footprint(shown["pci"], devices=2)
+
+    async def start(self, name: str) -> None:
+        """Start a guest and wait until its interface works."""
+        options = ["--frames"]
+        if not self.frames:
+            options = [
+                "--address",
+                f"net-{name}={ADDRESSES[name]}/24",
+                "--address",
+                f"{HOT}={HOT_ADDRESS}/24",
+            ]
+        self.guests[name] = guest = await self.stage.guest(name, *options)
+        await guest.device(f"net-{name}", "running")
+
+    async def pings(self) -> None:
+        """The median round trip of each pair."""
+        first, second = self.guests["g1"], self.guests["g2"]
+        self.result["ping_rtt_us"] = {
+            "g1-host": await self.ping(first, HOST, PINGS),
+            "g2-host": await self.ping(second, HOST, PINGS),
+            "g1-g2": await self.ping(first, ADDRESSES["g2"], PINGS),
+        }
+
+    async def ping(self, place: Guest, address: str, count: int) -> float:
+        said = await self.stage.traffic(place, "ping", address, str(count))
+        trips = [float(line) for line in said.split()]
+        if len(trips) < count / 2:
+            raise DemoError(f"{place.name}: {len(trips)} of {count} pings answered")
+        return statistics.median(trips)
+
+    async def transfers(self) -> None:
+        """TCP both ways between the guests and with the host; a device comes and goes
+        meanwhile."""
+        first, second = self.guests["g1"], self.guests["g2"]
+        result = self.result["tcp_gbit_s"] = {}
+        result["g1-host"] = await self.transfer(first, None, HOST)
+        result["host-g1"] = await self.transfer(None, first, ADDRESSES["g1"])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.plug)
+            result["g1-g2"] = await self.transfer(first, second, ADDRESSES["g2"])
+            result["g2-g1"] = await self.transfer(second, first, ADDRESSES["g1"])
+
+    async def transfer(
+        self, source: Guest | None, sink: Guest | None, address: str
+    ) -> float:
+        process = await self.stage.sink(sink, "7007")
+        words = ("source", address, "7007", str(self.seconds))
+        await self.stage.traffic(source, *words)
+        assert process.stdout is not None
+        said = b""
+        while not said.endswith(b"\n"):
+            said += await process.stdout.receive_some()
+        size, took = said.split()
+        return int(size) * 8 / float(took) / 1e9
+
+    async def plug(self) -> None:
+        """Hot-add a device to the first guest and drop it again."""
+        guest = self.guests["g1"]
+        start = time.perf_counter()
+        await self.stage.ask(
+            "device.add",
+            name=HOT,
+            class_name="venet",
+            buses=["g1"],
+            attributes={"switch": "lan0"},
+        )
+        await guest.device(HOT, "running")
+        added = time.perf_counter()
+        await self.stage.ask("device.remove", name=HOT)
+        await guest.device(HOT, "gone")
+        self.result["hot_plug_ms"] = {
+            "add_to_running": (added - start) * 1e3,
+            "remove_to_gone": (time.perf_counter() - added) * 1e3,
+        }
+
+    async def kill_and_attach(self, name: str) -> None:
+        """SIGKILL a guest; a new one takes its place and answers."""
+        old = self.guests[name]
+        self.counted.append(await old.ask_statistics())
+        old.process.kill()
+        await old.process.wait()
+        start = time.perf_counter()
+        await self.start(name)
+        if not self.frames:
+            await self.ping(self.guests[name], HOST, 1)
+        self.result["reattach_ms"] = (time.perf_counter() - start) * 1e3
+
+    async def generated(self) -> None:
+        """Let the guests exchange generated frames, a device comes and goes."""
+        await self.plug()
+        before = [await guest.ask_statistics() for guest in self.guests.values()]
+        start = time.perf_counter()
+        await trio.sleep(2 * self.seconds)
+        after = [await guest.ask_statistics() for guest in self.guests.values()]
+        took = time.perf_counter() - start
+        self.result |= report.generated(before, after, took)
+
+
+async def _play(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    async with trio.open_nursery() as nursery:
+        stage = Stage(nursery, folder, networks=not arguments.frames)
+        scenario = Scenario(stage, arguments.seconds, frames=arguments.frames)
+        try:
+            await scenario.run()
+        except BaseException:
+            arguments.log = stage.log.read_text() if stage.log.exists() else ""
+            raise
+        nursery.cancel_scope.cancel()
+    return scenario.result
+
+
+def main() -> int:
+    """Run, print, and give the exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--frames", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.log = ""
+    status = 0
+    with tempfile.TemporaryDirectory(prefix="vbus-demo-") as folder:
+        os.environ["VBUS_RUNTIME_DIR"] = folder
+        try:
+            result = trio.run(_play, arguments, Path(folder))
+        except* (DemoError, VbusError, OSError, CalledProcessError) as group:
+            status = _explain(group, arguments.log)
+        except* KeyboardInterrupt:
+            status = 130
+    if status == 0:
+        report.show(result, as_json=arguments.json)
+    return status
+
+
+def _explain(group: BaseExceptionGroup[Exception], log: str) -> int:
+    """Say what failed, after the last lines that the processes said."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    for line in log.splitlines()[-10:]:
+        print(line, file=sys.stderr)
+    said = getattr(error, "stderr", None) or b""
+    print(f"vbus: demo: {error} {said.decode()}".rstrip(), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
