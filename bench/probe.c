@@ -5,8 +5,9 @@
  *
  * Two processes on two cores (the first and the last one we may use). The ring is
  * busy-polled, slots are handed over once per batch, and each message is copied from a
- * private buffer into the ring and out of it into another. A slot has the shape of an IOQ
- * descriptor with its owner flag; there are no checks and no signals. The eventfd round trip sleeps in read(2) on both sides.
+ * private buffer into the ring and out of it into another. A slot has the shape of an
+ * IOQ descriptor with its owner flag; there are no checks and no signals. The eventfd
+ * round trip sleeps in read(2) on both sides.
  */
 #define _GNU_SOURCE
 #include <sched.h>

@@ -7,7 +7,7 @@ which the class itself checks.
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Config(msgspec.Struct, frozen=True):
-    """A whole configuration."""
+    """A whole configuration; `source` is where it comes from, for messages."""
 
+    source: str = "configuration"
     daemon: DaemonConfig = DaemonConfig()
     buses: tuple[BusConfig, ...] = ()
     devices: tuple[DeviceConfig, ...] = ()
@@ -81,11 +82,12 @@ class _DeviceHead(msgspec.Struct):
 def load(path: str | os.PathLike[str]) -> Config:
     """Read a file. Raises ConfigError, which names the file and the place in it."""
     try:
-        return parse(Path(path).read_text("utf-8"))
+        config = parse(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    return msgspec.structs.replace(config, source=os.fspath(path))
 
 
 def parse(text: str) -> Config:
@@ -97,7 +99,23 @@ def parse(text: str) -> Config:
     except msgspec.ValidationError as error:
         raise ConfigError(_place(error, "")) from None
     devices = tuple(_device(number, table) for number, table in enumerate(file.device))
-    return Config(file.daemon, file.bus, devices, file.guest)
+    for table, names in (
+        ("bus", [bus.name for bus in file.bus]),
+        ("device", [device.name for device in devices]),
+        ("guest", [guest.name for guest in file.guest]),
+    ):
+        _check_unique(table, names)
+    return Config(
+        daemon=file.daemon, buses=file.bus, devices=devices, guests=file.guest
+    )
+
+
+def _check_unique(table: str, names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for number, name in enumerate(names):
+        if name in seen:
+            raise ConfigError(f"{table}[{number}].name: a second {name!r}")
+        seen.add(name)
 
 
 def _device(number: int, table: dict[str, Any]) -> DeviceConfig:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import resource
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,13 @@ from vbus.bus import BusModel, Change, ChangeKind, check_name
 from vbus.config import Config, GuestConfig
 from vbus.control.server import ControlServer
 from vbus.device import Device
-from vbus.errors import BusyError, ExistsError, NotFoundError
+from vbus.errors import (
+    BusyError,
+    ConfigError,
+    ExistsError,
+    InvalidError,
+    NotFoundError,
+)
 from vbus.guest import Guest
 
 logger = logging.getLogger(__name__)
@@ -37,7 +44,7 @@ class Daemon:
         self.config = config
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
-        self.guests: dict[str, Guest] = {}
+        self._guests: dict[str, Guest] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
         self._stop = trio.Event()
@@ -47,6 +54,11 @@ class Daemon:
     @property
     def control_path(self) -> Path:
         return self.runtime_dir / "control.sock"
+
+    @property
+    def guests(self) -> dict[str, Guest]:
+        """The guests that can attach, by name."""
+        return {name: one for name, one in self._guests.items() if one.listening}
 
     def stop(self) -> None:
         """Let `run` close everything in order and return."""
@@ -58,7 +70,8 @@ class Daemon:
         """Make what is configured and serve until `stop`.
 
         Started when every socket is there. Raises BusyError if another daemon has the
-        runtime directory, and whatever the configuration's parts refuse.
+        runtime directory, ConfigError for what cannot be made as configured, and what
+        a device's `setup` or a socket refuses.
         """
         with self._own_runtime_dir():
             _raise_file_limit()
@@ -112,16 +125,18 @@ class Daemon:
         OSError of the socket.
         """
         check_name(config.name)
-        if config.name in self.guests:
+        if config.name in self._guests:
             raise ExistsError(f"guest {config.name} exists")
-        path = self.runtime_dir / "guests" / f"{config.name}.sock"
+        path = self._guests_dir / f"{config.name}.sock"
+        if config.uid not in (None, os.geteuid()):
+            self._let_others_through()
         guest = Guest(
             config,
             self.model.bus(config.bus),
             path,
             lambda event: self._tell({"event": event, "guest": config.name}),
         )
-        self.guests[config.name] = guest
+        self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
         self._tell({"event": "guest-added", "guest": config.name, "bus": config.bus})
         return guest
@@ -147,37 +162,53 @@ class Daemon:
 
     async def _populate(self) -> None:
         for bus in self.config.buses:
-            self.model.add_bus(bus.name)
+            with self._place(f"bus {bus.name}"):
+                self.model.add_bus(bus.name)
         for device in self.config.devices:
-            self.add_device(
-                device.name, device.class_name, device.attributes, device.buses
-            )
+            with self._place(f"device {device.name}"):
+                self.add_device(
+                    device.name, device.class_name, device.attributes, device.buses
+                )
         for guest in self.config.guests:
-            await self.add_guest(guest)
+            with self._place(f"guest {guest.name}"):
+                await self.add_guest(guest)
+
+    @contextmanager
+    def _place(self, part: str) -> Iterator[None]:
+        """Turn what is wrong in the configuration into a ConfigError that names it."""
+        try:
+            yield
+        except (InvalidError, NotFoundError) as error:
+            raise ConfigError(f"{self.config.source}: {part}: {error}") from error
 
     async def _serve_guest(
         self, guest: Guest, *, task_status: trio.TaskStatus[None]
     ) -> None:
+        """Serve a guest; once it can attach, a failure is its own and no other's."""
         try:
             await guest.serve(task_status=task_status)
-        except* Exception as group:
-            raise innermost(group) from None
+        except Exception as error:
+            if not guest.listening:
+                raise innermost(error) from None
+            logger.exception("guest %s failed", guest.name)
+            about = {"guest": guest.name, "message": str(innermost(error))}
+            self._tell({"event": "guest-failed", **about})
         finally:
-            del self.guests[guest.name]
+            del self._guests[guest.name]
 
     def _remove_devices(self) -> None:
-        """Remove all devices, each before those it uses."""
-        left = dict(self.model.devices)
-        while left:
-            free = [
-                name for name, device in left.items() if not self.model.users(device)
-            ]
-            for name in free:
-                del left[name]
+        """Remove all devices, each before those it uses: the youngest first."""
+        while left := list(self.model.devices):
+            for name in reversed(left):
                 try:
                     self.model.remove_device(name)
+                except BusyError:
+                    continue
                 except Exception:
                     logger.exception("%s: removing it failed", name)
+            if list(self.model.devices) == left:
+                logger.error("not removed, they use each other: %s", ", ".join(left))
+                return
 
     def _changed(self, change: Change) -> None:
         if change.kind is ChangeKind.DEVICE_ADDED:
@@ -224,9 +255,8 @@ class Daemon:
     @contextmanager
     def _own_runtime_dir(self) -> Iterator[None]:
         """Hold the directory: only one daemon at a time, whatever sockets lie there."""
-        # Others may pass through, to a guest's socket that is theirs, not list it.
-        self.runtime_dir.mkdir(mode=0o751, parents=True, exist_ok=True)
-        (self.runtime_dir / "guests").mkdir(mode=0o751, exist_ok=True)
+        self.runtime_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        self._guests_dir.mkdir(mode=0o750, exist_ok=True)
         path = self.runtime_dir / "vbus.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -237,6 +267,15 @@ class Daemon:
             yield
         finally:
             os.close(fd)
+
+    @property
+    def _guests_dir(self) -> Path:
+        return self.runtime_dir / "guests"
+
+    def _let_others_through(self) -> None:
+        """Let a guest of another user reach its socket; nobody else can list them."""
+        for path in (self.runtime_dir, self._guests_dir):
+            path.chmod(path.stat().st_mode | stat.S_IXOTH)
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -65,6 +65,8 @@ class Guest:
         self.config = config
         self.bus = bus
         self.path = path
+        self.listening = False
+        """Its socket is or was there: `serve` has started."""
         self._tell = tell
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
@@ -104,6 +106,9 @@ class Guest:
             spin_us=self.config.spin_us,
         )
         try:
-            await self.server.serve(task_status=task_status)
+            async with trio.open_nursery() as serving:
+                await serving.start(self.server.serve)
+                self.listening = True
+                task_status.started()
         finally:
             self.bridge.close()

@@ -3,7 +3,7 @@
 import struct
 from dataclasses import dataclass
 
-from backends.venet.session import OFFERED, Group, Session, Shm
+from backends.venet.session import OFFERED, SPIN_US, Group, Session, Shm, parse_spin
 from vbus.device import Connection, Device, Host, SharedMemory, attribute, call
 from vbus.errors import InvalidError
 from vbus.net import FrameBatch, HostEnd, MacAddress
@@ -85,6 +85,12 @@ class VenetBase(Device):
         bool, default=True, doc="offer scatter-gather, checksum and segmentation"
     )
 
+    spin_us = attribute(
+        parse_spin,
+        default=SPIN_US,
+        doc="look for frames up to so long before sleeping, while that pays off",
+    )
+
     def __init__(self, name: str, host: Host, /, **attributes: object) -> None:
         super().__init__(name, host, **attributes)
         if not self.client_mac:
@@ -126,7 +132,7 @@ class VenetBase(Device):
     def open(self, connection: Connection) -> None:
         offered = OFFERED if self.offload else {Group.EVENTQ: OFFERED[Group.EVENTQ]}
         end = HostEnd(self.mtu, self.txmitigation)
-        self._session = Session(connection, end, offered)
+        self._session = Session(connection, end, offered, self.spin_us)
 
     def close(self, connection: Connection) -> None:
         session = self._session_of(connection)

@@ -5,7 +5,6 @@ All of ABI section 7 that is not moving bytes. The states of a session:
     negotiating --LINKUP--> up <--LINKUP/LINKDOWN--> down     (rings live on, 7.9)
 """
 
-import os
 import struct
 from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
@@ -24,14 +23,21 @@ RING_LIMIT: Final = 2048
 SG_SIZE: Final = 320
 EVENT_SIZE: Final = 24
 NUDGE_S: Final = 0.1
+SPIN_US: Final = 200
+"""Longer than a round trip with a sleep in it, or spinning would never set in."""
 
 
-def spin() -> AdaptiveSpin | None:
-    """A spin before sleeping, where a core is free for it beside guest and host.
+def parse_spin(value: object) -> int:
+    """Take microseconds, up to 10 ms."""
+    spin_us = int(str(value))
+    if not 0 <= spin_us <= 10_000:
+        raise InvalidError(f"{spin_us} is not between 0 and 10000")
+    return spin_us
 
-    On two cores it only takes time from the peer it waits for.
-    """
-    return AdaptiveSpin() if len(os.sched_getaffinity(0)) > 2 else None
+
+def spin(spin_us: int) -> AdaptiveSpin | None:
+    """A spin of at most so long before sleeping; it ends by itself where it is idle."""
+    return AdaptiveSpin(spin_us) if spin_us else None
 
 
 class Shm(IntEnum):
@@ -88,13 +94,18 @@ class Session:
     """A connection's state; `end` moves the frames."""
 
     def __init__(
-        self, connection: Connection, end: HostEnd, offered: Mapping[Group, int]
+        self,
+        connection: Connection,
+        end: HostEnd,
+        offered: Mapping[Group, int],
+        spin_us: int,
     ) -> None:
         self.connection = connection
         self.end = end
         self.up = Flag()
         self.signals = 0
         self._offered = offered
+        self._spin_us = spin_us
         self._accepted: dict[Group, int] = dict.fromkeys(Group, 0)
         self._shared: dict[Shm, SharedMemory] = {}
         self._bells: tuple[tuple[int, Shm], ...] = (
@@ -248,7 +259,7 @@ class Session:
             raise self._fault
 
     async def _pump(self, forward: Callable[[FrameBatch], None]) -> None:
-        consumer = await self.connection.consumer(Shm.TX, spin=spin())
+        consumer = await self.connection.consumer(Shm.TX, spin=spin(self._spin_us))
         batch = FrameBatch()
         while True:
             await self.up.wait(True)

@@ -11,7 +11,7 @@ import trio
 from backends.venet.base import VenetBase, parse_mac, parse_mtu
 from backends.venet.flag import Flag
 from backends.venet.port import find_switch
-from backends.venet.session import spin
+from backends.venet.session import SPIN_US, parse_spin, spin
 from backends.venet.switch import Port, Switch
 from vbus.device import Device, Host, attribute
 from vbus.errors import NoDeviceError
@@ -29,16 +29,16 @@ def _parse_address(value: object) -> str:
     return str(parse_address(str(value))) if value else ""
 
 
-def _open_tap(ifname: str, mac: str, mtu: int, address: str, up: bool) -> Tap:
+def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
     try:
-        tap = Tap(ifname or "vbus%d", spin=spin())
+        tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us))
     except OSError as error:
         raise NoDeviceError(f"cannot make a TAP {ifname}: {error.strerror}") from None
     try:
         tap.configure(
-            mac=MacAddress.parse(mac),
-            mtu=mtu,
-            address=parse_address(address) if address else None,
+            mac=MacAddress.parse(device.host_mac),
+            mtu=device.mtu,
+            address=parse_address(device.address) if device.address else None,
             up=up or None,
         )
     except BaseException as error:
@@ -90,6 +90,7 @@ class SwitchTap(Device):
     address = attribute(_parse_address, default="", doc="IPv4 address with prefix")
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
     mtu = attribute(parse_mtu, default=1500, doc="without the Ethernet header")
+    spin_us = attribute(parse_spin, default=SPIN_US, doc="see class venet")
 
     def __init__(self, name: str, host: Host, /, **attributes: object) -> None:
         super().__init__(name, host, **attributes)
@@ -100,7 +101,7 @@ class SwitchTap(Device):
 
     def setup(self) -> None:
         switch = find_switch(self, self.switch)
-        tap = _open_tap(self.ifname, self.host_mac, self.mtu, self.address, up=True)
+        tap = _open_tap(self, self.ifname, up=True)
         try:
             port = _TapPort(self.name, tap)
             switch.attach(port, MacAddress.parse(self.host_mac))
@@ -156,9 +157,7 @@ class VenetTap(VenetBase):
         self._disable()
 
     def _enable(self) -> None:
-        self._tap = _open_tap(
-            self._wanted, self.host_mac, self.mtu, self.address, up=bool(self.address)
-        )
+        self._tap = _open_tap(self, self._wanted, up=bool(self.address))
         self._tap.set_carrier(self.statistics().link_up)
         self.ifname = self._tap.name
         self._there.set(True)

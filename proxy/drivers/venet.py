@@ -59,7 +59,7 @@ class VenetOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames: bool = False
     offload: bool = True
     events: bool = False
-    spin_us: float = 0.0
+    spin_us: float = 200.0  # more than a round trip that sleeps, to set in
 
 
 @dataclass(frozen=True)

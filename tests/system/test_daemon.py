@@ -77,9 +77,9 @@ def test_sockets_of_a_killed_daemon_are_taken_over(tmp_path: Path) -> None:
     ("config", "status", "message"),
     [
         ("[[bus]]\nname = 3\n", 78, "bus[0].name"),
-        ("[[device]]\nname = 'd'\nclass = 'nonesuch'\n", 1, "no device class"),
-        ("[[guest]]\nname = 'g'\nbus = 'nonesuch'\n", 1, "no bus 'nonesuch'"),
-        ("[[device]]\nname = 'd'\nclass = 'venet'\nswitch = 'x'\n", 1, "no device 'x'"),
+        ("[[device]]\nname = 'd'\nclass = 'nonesuch'\n", 78, "no device class"),
+        ("[[guest]]\nname = 'g'\nbus = 'nonesuch'\n", 78, "no bus 'nonesuch'"),
+        ("[[device]]\nname = 'd'\nclass = 'venet'\nswitch = 'x'\n", 78, "device 'x'"),
     ],
 )
 def test_a_bad_configuration_ends_it_with_one_line(
@@ -88,8 +88,10 @@ def test_a_bad_configuration_ends_it_with_one_line(
     daemon = Served(tmp_path, config)
     assert daemon.process.wait(20) == status
     text = daemon.log.read_text()
+    assert "vbus.toml: " in text
     assert message in text
-    assert "Traceback" not in text
+    assert text.startswith("vbus: ")
+    assert text.count("\n") == 1
 
 
 def test_what_is_no_socket_is_never_removed(

@@ -60,6 +60,15 @@ def test_an_empty_file_is_an_empty_daemon() -> None:
         ),
         ("[deamon]\n", "deamon"),
         ("[[bus]\n", "line 1"),
+        ("[[bus]]\nname = 'b'\n[[bus]]\nname = 'b'\n", r"bus\[1\]\.name: .*'b'"),
+        (
+            "[[guest]]\nname='g'\nbus='b'\n[[guest]]\nname='g'\nbus='c'\n",
+            r"guest\[1\]\.name: a second 'g'",
+        ),
+        (
+            "[[device]]\nname='d'\nclass='c'\n[[device]]\nname='d'\nclass='e'\n",
+            r"device\[1\]\.name: a second 'd'",
+        ),
     ],
 )
 def test_a_mistake_names_its_place(text: str, place: str) -> None:
@@ -74,6 +83,18 @@ def test_the_message_names_the_file(tmp_path: Path) -> None:
     path.write_text("[[bus]]\n")
     with pytest.raises(ConfigError, match=r"vbus\.toml: bus"):
         load(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"vbus\.toml: .*utf-8"):
+        load(path)
+
+
+def test_a_configuration_knows_its_file(tmp_path: Path) -> None:
+    """What is refused later can still name it."""
+    path = tmp_path / "vbus.toml"
+    path.write_text(WHOLE)
+    config = load(path)
+    assert config.source == str(path)
+    assert config.guests == parse(WHOLE).guests
 
 
 def test_the_environment_names_the_runtime_directory(
@@ -81,3 +102,17 @@ def test_the_environment_names_the_runtime_directory(
 ) -> None:
     monkeypatch.setenv("VBUS_RUNTIME_DIR", "/somewhere")
     assert runtime_dir() == Path("/somewhere")
+
+
+def test_without_it_root_and_users_have_directories_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VBUS_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert runtime_dir() == Path("/run/vbus")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert runtime_dir() == Path("/run/user/1000/vbus")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigError, match="neither"):
+        runtime_dir()

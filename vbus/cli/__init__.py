@@ -6,6 +6,7 @@ the group "vbus.commands", whose name is the place in the tree: "guest.run".
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -96,29 +97,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = vbus.main(words, prog_name="vbus", standalone_mode=False)
-    except Exception as error:
-        if "--debug" in words:
-            raise
-        status = _explain(error)
-    except KeyboardInterrupt:
-        status = EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup) as error:
+        status = _explain(error, debug="--debug" in words)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _explain(error: BaseException) -> int:
+def _explain(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and give the exit status; re-raise what is a bug."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+    while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, click.Abort):
+    if isinstance(error, click.Abort | KeyboardInterrupt):
         return EXIT_INTERRUPTED
     if isinstance(error, click.ClickException):
-        error.show()
+        _show(error)
         return error.exit_code
+    if debug:
+        traceback.print_exception(error)
+    elif not isinstance(error, VbusError | OSError | trio.TooSlowError):
+        raise error
     if isinstance(error, trio.TooSlowError):
         click.echo("vbus: the daemon does not answer", err=True)
         return EXIT_TIMEOUT
-    if not isinstance(error, VbusError | OSError):
-        raise error
     click.echo(f"vbus: {error}", err=True)
     unreachable = isinstance(error, UnreachableError)
     return EXIT_UNREACHABLE if unreachable else EXIT_REFUSED
+
+
+def _show(error: click.ClickException) -> None:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    where = getattr(error, "ctx", None)
+    hint = f" (see '{where.command_path} --help')" if where is not None else ""
+    click.echo(f"vbus: {error.format_message()}{hint}", err=True)

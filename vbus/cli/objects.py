@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from vbus.cli import Tree
-from vbus.cli.asking import as_json, ask, print_json, print_table, settings
+from vbus.cli.asking import act, as_json, ask, print_json, print_table, settings
 
 _one_name = click.argument("name", required=False)
 
@@ -25,16 +25,18 @@ def bus() -> None:
 
 @bus.command("add")
 @click.argument("name")
-def bus_add(name: str) -> None:
+@as_json
+def bus_add(name: str, as_json: bool) -> None:
     """Make a bus."""
-    ask("bus.add", name=name)
+    act("bus.add", name=name, as_json=as_json)
 
 
 @bus.command("del")
 @click.argument("name")
-def bus_del(name: str) -> None:
+@as_json
+def bus_del(name: str, as_json: bool) -> None:
     """Remove a bus that nothing uses."""
-    ask("bus.remove", name=name)
+    act("bus.remove", name=name, as_json=as_json)
 
 
 @bus.command("show")
@@ -103,48 +105,58 @@ def device() -> None:
 @click.option("--class", "class_name", required=True, help="What to make it of.")
 @click.option("--bus", "buses", multiple=True, help="Put it on this bus.")
 @click.argument("attributes", nargs=-1, metavar="[KEY=VALUE]...")
+@as_json
 def device_add(
-    name: str, class_name: str, buses: tuple[str, ...], attributes: tuple[str, ...]
+    name: str,
+    class_name: str,
+    buses: tuple[str, ...],
+    attributes: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Make a device; guests of its buses are told at once."""
-    ask(
+    act(
         "device.add",
         name=name,
         class_name=class_name,
         buses=buses,
         attributes=settings(attributes),
+        as_json=as_json,
     )
 
 
 @device.command("del")
 @click.argument("name")
-def device_del(name: str) -> None:
+@as_json
+def device_del(name: str, as_json: bool) -> None:
     """Take a device off its buses and remove it."""
-    ask("device.remove", name=name)
+    act("device.remove", name=name, as_json=as_json)
 
 
 @device.command("set")
 @click.argument("name")
 @click.argument("attributes", nargs=-1, required=True, metavar="KEY=VALUE...")
-def device_set(name: str, attributes: tuple[str, ...]) -> None:
+@as_json
+def device_set(name: str, attributes: tuple[str, ...], as_json: bool) -> None:
     """Change attributes of a device."""
-    ask("device.set", name=name, attributes=settings(attributes))
+    act("device.set", name=name, attributes=settings(attributes), as_json=as_json)
 
 
 @device.command("link")
 @click.argument("bus")
 @click.argument("device")
-def device_link(bus: str, device: str) -> None:
+@as_json
+def device_link(bus: str, device: str, as_json: bool) -> None:
     """Put a device on one more bus."""
-    ask("device.link", bus=bus, device=device)
+    act("device.link", bus=bus, device=device, as_json=as_json)
 
 
 @device.command("unlink")
 @click.argument("bus")
 @click.argument("device")
-def device_unlink(bus: str, device: str) -> None:
+@as_json
+def device_unlink(bus: str, device: str, as_json: bool) -> None:
     """Take a device off a bus; open connections end."""
-    ask("device.unlink", bus=bus, device=device)
+    act("device.unlink", bus=bus, device=device, as_json=as_json)
 
 
 @device.command("show")
@@ -180,18 +192,24 @@ def guest() -> None:
 @click.argument("name")
 @click.option("--bus", required=True, help="The bus it sees.")
 @click.option("--msix/--no-msix", default=True, help="Show MSI-X beside MSI.")
-@click.option("--uid", type=int, help="The user whose socket it is.")
-def guest_add(name: str, bus: str, msix: bool, uid: int | None) -> None:
+@click.option("--uid", type=click.IntRange(0), help="The user whose socket it is.")
+@as_json
+def guest_add(name: str, bus: str, msix: bool, uid: int | None, as_json: bool) -> None:
     """Open a socket for a guest, and print where it is."""
     about = {"name": name, "bus": bus, "msix": msix, "uid": uid}
-    click.echo(ask("guest.add", guest=about)["socket"])
+    added = ask("guest.add", guest=about)
+    if as_json:
+        print_json(added)
+    else:
+        click.echo(added["socket"])
 
 
 @guest.command("del")
 @click.argument("name")
-def guest_del(name: str) -> None:
+@as_json
+def guest_del(name: str, as_json: bool) -> None:
     """Detach a guest and close its socket."""
-    ask("guest.remove", name=name)
+    act("guest.remove", name=name, as_json=as_json)
 
 
 @guest.command("show")

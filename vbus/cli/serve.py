@@ -13,7 +13,7 @@ import trio
 
 from vbus.config import Config, load, runtime_dir
 from vbus.daemon import Daemon, innermost
-from vbus.errors import ConfigError, VbusError
+from vbus.errors import ConfigError, PermissionDeniedError, VbusError
 
 EXIT_NO_PERMISSION = 77
 EXIT_BAD_CONFIG = 78
@@ -43,9 +43,11 @@ def serve(context: click.Context, path: Path | None, log_level: str) -> None:
         where = runtime_dir() if told is None else Path(told)
         trio.run(_run, Daemon(config, where))
     except (VbusError, OSError, ExceptionGroup) as error:
-        if (context.find_root().params or {}).get("debug"):
+        cause = innermost(error)
+        known = isinstance(cause, VbusError | OSError)
+        if not known or context.find_root().params.get("debug"):
             raise
-        context.exit(_explain(innermost(error)))
+        context.exit(_explain(cause))
 
 
 async def _run(daemon: Daemon) -> None:
@@ -66,7 +68,8 @@ def _explain(error: BaseException) -> int:
     click.echo(f"vbus: {error}", err=True)
     if isinstance(error, ConfigError):
         return EXIT_BAD_CONFIG
-    return EXIT_NO_PERMISSION if isinstance(error, PermissionError) else 1
+    denied = isinstance(error, PermissionError | PermissionDeniedError)
+    return EXIT_NO_PERMISSION if denied else 1
 
 
 def _log_to_stderr(level: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import trio
 
-from vbus.cli.asking import as_json, ask, client, print_json
+from vbus.cli.asking import as_json, ask, client, console, print_json, printable
 
 
 @click.command()
@@ -25,7 +25,7 @@ async def _follow(as_json: bool) -> None:
 
 def _line(event: dict[str, object]) -> str:
     about = (f"{key}={value}" for key, value in event.items() if key != "event")
-    return f"{event['event']:<16} {' '.join(about)}".rstrip()
+    return printable(f"{event['event']:<16} {' '.join(about)}".rstrip())
 
 
 @click.command()
@@ -38,7 +38,7 @@ def stats(path: str, as_json: bool) -> None:
         print_json(shown)
         return
     for name, value in _leaves(shown, path.strip("/")):
-        click.echo(f"{name}: {value}")
+        click.echo(printable(f"{name}: {value}"))
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, object]]:
@@ -57,7 +57,6 @@ def tree(as_json: bool) -> None:
     if as_json:
         print_json(shown)
         return
-    from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
@@ -75,4 +74,4 @@ def tree(as_json: bool) -> None:
     for one in shown["devices"]:
         if not one["links"]:
             root.add(Text(f"{one['name']} ({one['class']}), on no bus"))
-    Console().print(root)
+    console().print(root)

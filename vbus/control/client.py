@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
@@ -24,7 +25,8 @@ class ControlClient:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
         self._frames = wire.Frames()
-        self._bodies: list[bytes] = []
+        self._answers = wire.Answers()
+        self._bodies: deque[bytes] = deque()
         self._last_id = 0
 
     async def __aenter__(self) -> Self:
@@ -45,13 +47,19 @@ class ControlClient:
         self._sock.close()
 
     async def request(self, op: str, **args: object) -> Any:
-        """Ask and give the result. Raises the VbusError of the
-        daemon's refusal, or ProtocolError."""
+        """Ask, and give the result.
+
+        Raises the VbusError of the daemon's refusal, UnreachableError if the daemon
+        leaves, ProtocolError.
+        """
         await self._ask(op, args)
         return (await self._answer()).result
 
     async def events(self) -> AsyncIterator[dict[str, object]]:
-        """Give every change from now on; the connection is for nothing else then."""
+        """Give every change from now on; the connection is for nothing else then.
+
+        A reader that is too slow is told its losses: {"event": "lost", "count": n}.
+        """
         await self.request("events")
         while True:
             event = (await self._answer()).event
@@ -65,22 +73,27 @@ class ControlClient:
         try:
             while data:
                 data = data[await self._sock.send(data) :]
-        except BrokenPipeError:
-            pass  # refused: the answer says why
+        except OSError:
+            pass  # hung up on: what it said before, if anything, says why
 
     async def _answer(self) -> wire.Answer:
-        while not self._bodies:
-            try:
-                data = await self._sock.recv(_RECEIVE_SIZE)
-            except ConnectionResetError:
-                data = b""
-            if not data:
-                raise UnreachableError(f"the daemon at {self._path} hung up")
-            self._bodies.extend(self._frames.feed(data))
-        answer = wire.to_answer(self._bodies.pop(0))
+        answer = None
+        while answer is None:
+            answer = self._answers.take(await self._body())
         if answer.error is not None:
             number = getattr(errno, answer.error.errno, errno.EIO)
             raise class_of(number)(answer.error.message)
         if answer.id != self._last_id:
             raise ProtocolError(f"answer {answer.id} to request {self._last_id}")
         return answer
+
+    async def _body(self) -> bytes:
+        while not self._bodies:
+            try:
+                data = await self._sock.recv(_RECEIVE_SIZE)
+            except OSError:
+                data = b""
+            if not data:
+                raise UnreachableError(f"the daemon at {self._path} hung up")
+            self._bodies.extend(self._frames.feed(data))
+        return self._bodies.popleft()

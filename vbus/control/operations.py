@@ -6,21 +6,21 @@ is a stream, and the server's business.
 """
 
 import errno
-import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import trio
 
-from vbus.attributes import REQUIRED
-from vbus.bus import Bus
 from vbus.config import GuestConfig
-from vbus.device import Device
+from vbus.control.show import (
+    show_buses,
+    show_class,
+    show_classes,
+    show_devices,
+    show_guest,
+    statistics,
+)
 from vbus.errors import InvalidError, NotFoundError
-from vbus.guest import Guest
-from vbus.pci.constants import Irq
-from vbus.pci.function import ConfiguredFunction
 
 if TYPE_CHECKING:
     from vbus.daemon import Daemon
@@ -63,120 +63,72 @@ class AddGuest(_Args, frozen=True):
     guest: GuestConfig
 
 
-class Path(_Args, frozen=True):
+class StatsPath(_Args, frozen=True):
     path: str = ""
 
 
-def show_bus(daemon: "Daemon", bus: Bus) -> dict[str, object]:
-    return {
-        "name": bus.name,
-        "devices": [
-            {"id": interface.id, "name": interface.name, "type": interface.type}
-            for interface in bus.interfaces.values()
-        ],
-        "guests": [guest.name for guest in daemon.guests.values() if guest.bus is bus],
-    }
+def _bus_add(daemon: "Daemon", args: Name) -> object:
+    return show_buses(daemon, [daemon.model.add_bus(args.name)])[0]
 
 
-def show_device(daemon: "Daemon", device: Device) -> dict[str, object]:
-    return {
-        "name": device.name,
-        "class": daemon.model.class_name(device),
-        "type": device.type,
-        "links": [
-            {"bus": bus.name, "id": interface.id}
-            for bus, interface in daemon.model.links(device)
-        ],
-        "attributes": {
-            name: _plain(device.get_attribute(name)) for name in device.attributes
-        },
-        "connections": [connection.guest for connection in device.connections],
-    }
-
-
-def show_guest(guest: Guest) -> dict[str, object]:
-    return {
-        "name": guest.name,
-        "bus": guest.bus.name,
-        "socket": str(guest.path),
-        "msix": guest.config.msix,
-        "attached": guest.bridge.attached,
-        "pci": {
-            "functions": 1,
-            "bars": len(guest.bridge.config.bars),
-            "vectors": guest.bridge.irq_count(Irq.MSIX)
-            or guest.bridge.irq_count(Irq.MSI),
-        },
-        "connections": [
-            connection.device.name for connection in guest.bridge.connections
-        ],
-    }
-
-
-def _footprint(function: ConfiguredFunction) -> dict[str, int]:
-    vectors = function.irq_count(Irq.MSIX) or function.irq_count(Irq.MSI)
-    return {"functions": 1, "bars": len(function.config.bars), "vectors": vectors}
-
-
-def _plain(value: object) -> object:
-    """Make a value that msgpack knows."""
-    try:
-        return msgspec.to_builtins(value)
-    except TypeError:
-        return str(value)
+def _bus_remove(daemon: "Daemon", args: Name) -> object:
+    daemon.model.remove_bus(args.name)
+    return {"name": args.name}
 
 
 def _bus_show(daemon: "Daemon", args: MaybeName) -> object:
-    buses = daemon.model.buses.values() if args.name is None else ()
-    chosen = buses if args.name is None else (daemon.model.bus(args.name),)
-    return [show_bus(daemon, bus) for bus in chosen]
+    model = daemon.model
+    buses = model.buses.values() if args.name is None else [model.bus(args.name)]
+    return show_buses(daemon, buses)
 
 
 def _class_show(daemon: "Daemon", args: MaybeName) -> object:
-    names = sorted(daemon.model.classes) if args.name is None else [args.name]
-    return [_show_class(name, daemon.model.device_class(name)) for name in names]
-
-
-def _show_class(name: str, cls: type[Device]) -> dict[str, object]:
-    return {
-        "name": name,
-        "type": cls.type,
-        "summary": (cls.__doc__ or "").partition("\n")[0],
-        "attributes": {
-            item.name: {
-                "default": None if item.default is REQUIRED else _plain(item.default),
-                "required": item.required,
-                "writable": item.writable,
-                "doc": item.doc,
-            }
-            for item in cls.attributes.values()
-        },
-    }
-
-
-def _device_show(daemon: "Daemon", args: MaybeName) -> object:
     if args.name is not None:
-        return [show_device(daemon, daemon.model.device(args.name))]
-    return [show_device(daemon, device) for device in daemon.model.devices.values()]
+        return [show_class(daemon.model, args.name)]
+    return show_classes(daemon.model)
 
 
 def _device_add(daemon: "Daemon", args: AddDevice) -> object:
     device = daemon.add_device(args.name, args.class_name, args.attributes, args.buses)
-    return show_device(daemon, device)
+    return show_devices(daemon, [device])[0]
+
+
+def _device_remove(daemon: "Daemon", args: Name) -> object:
+    daemon.remove_device(args.name)
+    return {"name": args.name}
 
 
 def _device_set(daemon: "Daemon", args: SetAttributes) -> object:
+    """Set one attribute after the other; ends at the first that is refused."""
     for attribute, value in args.attributes.items():
         daemon.model.set_attribute(args.name, attribute, value)
-    return show_device(daemon, daemon.model.device(args.name))
+    return show_devices(daemon, [daemon.model.device(args.name)])[0]
+
+
+def _device_show(daemon: "Daemon", args: MaybeName) -> object:
+    model = daemon.model
+    if args.name is None:
+        return show_devices(daemon, model.devices.values())
+    return show_devices(daemon, [model.device(args.name)])
 
 
 def _link(daemon: "Daemon", args: Link) -> object:
-    return {"id": daemon.model.link(args.bus, args.device).id}
+    interface = daemon.model.link(args.bus, args.device)
+    return {"bus": args.bus, "device": args.device, "id": interface.id}
+
+
+def _unlink(daemon: "Daemon", args: Link) -> object:
+    daemon.model.unlink(args.bus, args.device)
+    return {"bus": args.bus, "device": args.device}
 
 
 async def _guest_add(daemon: "Daemon", args: AddGuest) -> object:
     return show_guest(await daemon.add_guest(args.guest))
+
+
+async def _guest_remove(daemon: "Daemon", args: Name) -> object:
+    await daemon.remove_guest(args.name)
+    return {"name": args.name}
 
 
 def _guest_show(daemon: "Daemon", args: MaybeName) -> object:
@@ -187,64 +139,33 @@ def _guest_show(daemon: "Daemon", args: MaybeName) -> object:
 
 def _tree(daemon: "Daemon", args: Nothing) -> object:
     return {
-        "buses": [show_bus(daemon, bus) for bus in daemon.model.buses.values()],
-        "devices": [
-            show_device(daemon, device) for device in daemon.model.devices.values()
-        ],
+        "buses": show_buses(daemon, daemon.model.buses.values()),
+        "devices": show_devices(daemon, daemon.model.devices.values()),
         "guests": [show_guest(guest) for guest in daemon.guests.values()],
     }
 
 
-def _stats(daemon: "Daemon", args: Path) -> object:
-    """Every object's statistics as one tree, or the part of it at a path."""
-    node: object = {
-        "daemon": {
-            "tasks": trio.lowlevel.current_statistics().tasks_living,
-            "descriptors": len(os.listdir("/proc/self/fd")),
-        },
-        "devices": {
-            name: _plain(device.statistics())
-            for name, device in daemon.model.devices.items()
-        },
-        "guests": {
-            guest.name: {
-                "bridge": _plain(guest.bridge.statistics()),
-                "server": _plain(guest.server.statistics()),
-                "memory": _plain(guest.bridge.memory.statistics()),
-            }
-            for guest in daemon.guests.values()
-        },
-    }
-    for step in filter(None, args.path.split("/")):
-        if not isinstance(node, dict) or step not in node:
-            raise NotFoundError(f"no statistics at {args.path!r}: {step!r} is unknown")
-        node = node[step]
-    return node
+def _stats(daemon: "Daemon", args: StatsPath) -> object:
+    return statistics(daemon, args.path)
 
 
 Operation = Callable[["Daemon", Any], Awaitable[object] | object]
 
 OPERATIONS: dict[str, tuple[type[_Args], Operation]] = {
-    "bus.add": (
-        Name,
-        lambda daemon, args: show_bus(daemon, daemon.model.add_bus(args.name)),
-    ),
-    "bus.remove": (Name, lambda daemon, args: daemon.model.remove_bus(args.name)),
+    "bus.add": (Name, _bus_add),
+    "bus.remove": (Name, _bus_remove),
     "bus.show": (MaybeName, _bus_show),
     "class.show": (MaybeName, _class_show),
     "device.add": (AddDevice, _device_add),
-    "device.remove": (Name, lambda daemon, args: daemon.remove_device(args.name)),
+    "device.remove": (Name, _device_remove),
     "device.set": (SetAttributes, _device_set),
     "device.show": (MaybeName, _device_show),
     "device.link": (Link, _link),
-    "device.unlink": (
-        Link,
-        lambda daemon, args: daemon.model.unlink(args.bus, args.device),
-    ),
+    "device.unlink": (Link, _unlink),
     "guest.add": (AddGuest, _guest_add),
-    "guest.remove": (Name, lambda daemon, args: daemon.remove_guest(args.name)),
+    "guest.remove": (Name, _guest_remove),
     "guest.show": (MaybeName, _guest_show),
-    "stats": (Path, _stats),
+    "stats": (StatsPath, _stats),
     "tree": (Nothing, _tree),
 }
 

@@ -1,8 +1,7 @@
-"""The control socket: who may ask, one task per client, a stream of events."""
+"""The control socket: who may ask, and one task per client that answers it."""
 
 import logging
 import os
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,16 +9,16 @@ from typing import TYPE_CHECKING
 import trio
 
 from vbus.control import wire
+from vbus.control.feed import EventFeed
 from vbus.control.operations import errno_name, perform
-from vbus.errors import InvalidError, PermissionDeniedError, ProtocolError, VbusError
+from vbus.errors import BusyError, PermissionDeniedError, ProtocolError, VbusError
 from vbus.sockets import listen, peer_of, unlinker
 
 if TYPE_CHECKING:
     from vbus.daemon import Daemon
 
 CLIENT_LIMIT = 64
-EVENT_BACKLOG = 4096
-_SEND_TIMEOUT_S = 10
+SEND_TIMEOUT_S = 10
 _ACCEPT_PAUSE_S = 0.1
 _RECEIVE_SIZE = 65536
 
@@ -44,7 +43,7 @@ class ControlServer:
     ) -> None:
         """Listen until cancelled; started once the socket is there.
 
-        Raises BusyError, ExistsError or OSError if it cannot be.
+        Raises what `vbus.sockets.listen` does.
         """
         with trio.socket.from_stdlib_socket(listen(self._path)) as listener:
             unlink = unlinker(self._path)
@@ -75,17 +74,18 @@ class ControlServer:
         except (OSError, trio.TooSlowError) as error:
             logger.debug("control client gone: %r", error)
         except Exception:
-            logger.exception("a control client's request failed")
+            logger.exception("a control client's connection failed")
         finally:
             self._clients -= 1
 
     def _refusal(self, sock: trio.socket.SocketType) -> VbusError | None:
-        peer = peer_of(sock)
-        if peer.uid not in self._allowed:
-            logger.warning("control client %d of uid %d refused", peer.pid, peer.uid)
+        pid, uid, _ = peer_of(sock)
+        if uid not in self._allowed:
+            logger.warning("control client %d of uid %d refused", pid, uid)
             return PermissionDeniedError("this daemon belongs to another user")
         if self._clients > CLIENT_LIMIT:
-            return InvalidError(f"more than {CLIENT_LIMIT} control clients")
+            logger.warning("control client %d refused: too many", pid)
+            return BusyError(f"more than {CLIENT_LIMIT} control clients")
         return None
 
 
@@ -118,52 +118,45 @@ class _Client:
             result = await perform(self._daemon, request.op, request.args)
         except (VbusError, OSError) as error:
             await self._fail(request.id, error)
-            return
-        await self._send(wire.Answer(request.id, result=result))
+        except Exception as error:  # a bug, most likely of a device
+            logger.exception("%s failed", request.op)
+            await self._fail(request.id, VbusError(f"{request.op} failed: {error!r}"))
+        else:
+            await self._succeed(request.id, result)
+
+    async def _succeed(self, id: int, result: object) -> None:
+        try:
+            for frame in wire.encode_answer(wire.Answer(id, result=result)):
+                await self._send(frame)
+        except ProtocolError as error:
+            await self._fail(id, error)
 
     async def _fail(self, id: int, error: VbusError | OSError) -> None:
-        failure = wire.Failure(errno_name(error.errno), str(error))
-        await self._send(wire.Answer(id, error=failure))
+        failure = wire.Failure(errno_name(error.errno), str(error)[:4096])
+        await self._send(wire.encode(wire.Answer(id, error=failure)))
 
-    async def _send(self, answer: wire.Answer) -> None:
-        try:
-            data = memoryview(wire.encode(answer))
-        except ProtocolError as error:
-            failure = wire.Failure(errno_name(error.errno), str(error))
-            data = memoryview(wire.encode(wire.Answer(answer.id, error=failure)))
-        with trio.fail_after(_SEND_TIMEOUT_S):
-            while data:
-                data = data[await self._sock.send(data) :]
+    async def _send(self, frame: bytes) -> None:
+        with trio.fail_after(SEND_TIMEOUT_S):
+            await self._send_patiently(frame)
+
+    async def _send_patiently(self, frame: bytes) -> None:
+        data = memoryview(frame)
+        while data:
+            data = data[await self._sock.send(data) :]
 
     async def _stream(self, id: int) -> None:
-        """Send every change until the client leaves; a slow one is told its losses."""
-        waiting: deque[dict[str, object]] = deque()
-        more = trio.lowlevel.ParkingLot()
-        lost = 0
+        """Send every change until the client leaves.
 
-        def note(happening: dict[str, object]) -> None:
-            nonlocal lost
-            if len(waiting) < EVENT_BACKLOG:
-                waiting.append(happening)
-            else:
-                lost += 1
-            more.unpark()
-
+        One that does not read costs no more than its feed holds, so it may take its
+        time: whoever pages through `vbus events` reads again later.
+        """
         async with trio.open_nursery() as nursery:
-            unwatch = self._daemon.watch(note)
             nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
-            try:
-                await self._send(wire.Answer(id, result=True))
+            with EventFeed(self._daemon.watch) as feed, suppress(OSError):
+                await self._send(wire.encode(wire.Answer(id, result=True)))
                 while True:
-                    while waiting:
-                        await self._send(wire.Answer(id, event=waiting.popleft()))
-                    if lost:
-                        count, lost = lost, 0
-                        event: dict[str, object] = {"event": "lost", "count": count}
-                        await self._send(wire.Answer(id, event=event))
-                    await more.park()
-            finally:
-                unwatch()
+                    event = wire.Answer(id, event=await feed.next())
+                    await self._send_patiently(wire.encode(event))
 
     async def _until_hung_up(self, scope: trio.CancelScope) -> None:
         with suppress(OSError):
