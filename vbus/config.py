@@ -9,11 +9,14 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from vbus.errors import ConfigError
+
+UID_LIMIT = (1 << 32) - 1
 
 
 class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,14 +48,14 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bus: str
     msix: bool = True
     """Show MSI-X beside MSI."""
-    uid: int | None = None
+    uid: Annotated[int, Meta(ge=0, lt=UID_LIMIT)] | None = None
     """The user whose socket it is; by default the daemon's own."""
     allow_truncatable: bool = False
     """Take guest memory that could shrink, and with it the risk of SIGBUS."""
-    spin_us: float = 50
+    spin_us: Annotated[float, Meta(ge=0, le=10_000)] = 50
     """How long at most to look for the next message before sleeping; 0 suits a
     virtual machine without hardware help, which needs every core itself."""
-    call_timeout_s: float = 5.0
+    call_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
     """The deadline of each call of a device."""
 
 
@@ -139,12 +142,12 @@ def _place(error: msgspec.ValidationError, prefix: str) -> str:
     return f"{place}: {message}" if place else message
 
 
-def runtime_dir() -> Path:
-    """Where a daemon of this user keeps its sockets, unless told otherwise.
+def runtime_dir(configured: str | None = None) -> Path:
+    """Where a daemon of this user keeps its sockets: VBUS_RUNTIME_DIR goes first.
 
     Raises ConfigError if this user has no directory for such things.
     """
-    told = os.environ.get("VBUS_RUNTIME_DIR")
+    told = os.environ.get("VBUS_RUNTIME_DIR") or configured
     if told:
         return Path(told)
     if os.geteuid() == 0:

@@ -58,6 +58,18 @@ def test_an_empty_file_is_an_empty_daemon() -> None:
             "[[device]]\nname='d'\nclass='c'\n[[device]]\nname='e'\nclass='c'\nbus=1\n",
             r"device\[1\]\.bus",
         ),
+        *(
+            (f"[[guest]]\nname = 'g'\nbus = 'b'\n{key} = {value}\n", rf"\.{key}")
+            for key, value in (
+                ("spin_us", "-1"),
+                ("spin_us", "inf"),
+                ("spin_us", "nan"),
+                ("call_timeout_s", "0"),
+                ("call_timeout_s", "nan"),
+                ("uid", "-1"),
+                ("uid", "4294967295"),
+            )
+        ),
         ("[deamon]\n", "deamon"),
         ("[[bus]\n", "line 1"),
         ("[[bus]]\nname = 'b'\n[[bus]]\nname = 'b'\n", r"bus\[1\]\.name: .*'b'"),
@@ -102,6 +114,9 @@ def test_the_environment_names_the_runtime_directory(
 ) -> None:
     monkeypatch.setenv("VBUS_RUNTIME_DIR", "/somewhere")
     assert runtime_dir() == Path("/somewhere")
+    assert runtime_dir("/configured") == Path("/somewhere")
+    monkeypatch.delenv("VBUS_RUNTIME_DIR")
+    assert runtime_dir("/configured") == Path("/configured")
 
 
 def test_without_it_root_and_users_have_directories_of_their_own(

@@ -169,7 +169,9 @@ async def test_a_guest_of_another_user_can_reach_its_socket(tmp_path: Path) -> N
 
 async def test_it_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 200, hard)
+    )
     try:
         async with running(tmp_path):
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
@@ -245,6 +247,14 @@ async def test_a_guest_added_live_can_attach_and_is_gone_once_removed(
         with pytest.raises(NotFoundError):
             await daemon.remove_guest("g2")
         assert await echoed(daemon, "d0")
+
+
+async def test_a_removed_guest_holds_its_bus_no_longer(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        with pytest.raises(BusyError):
+            daemon.model.remove_bus("bus0")
+        await daemon.remove_guest("g1")
+        daemon.model.remove_bus("bus0")
 
 
 async def test_removing_an_attached_guest_ends_its_connections(tmp_path: Path) -> None:

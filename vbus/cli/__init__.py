@@ -85,8 +85,15 @@ def _command(found: object) -> click.Command:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the daemon has its sockets.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, 86400),
+    default=30,
+    show_default=True,
+    help="Seconds to wait for the daemon's answer.",
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def vbus(runtime_dir: Path | None, debug: bool) -> None:
+def vbus(runtime_dir: Path | None, timeout: float, debug: bool) -> None:
     """A device bus for guests, in user space."""
     if runtime_dir is not None:
         os.environ["VBUS_RUNTIME_DIR"] = str(runtime_dir)

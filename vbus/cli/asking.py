@@ -13,7 +13,6 @@ from vbus.control.client import ControlClient
 if TYPE_CHECKING:
     from rich.console import Console
 
-_TIMEOUT_S = 30
 _NO_LIMIT = 1 << 16
 
 as_json = click.option(
@@ -28,9 +27,10 @@ def client() -> ControlClient:
 
 def ask(op: str, **args: object) -> Any:
     """Ask the daemon one thing. Raises VbusError, trio.TooSlowError."""
+    timeout_s = click.get_current_context().find_root().params["timeout"]
 
     async def run() -> Any:
-        with trio.fail_after(_TIMEOUT_S):
+        with trio.fail_after(timeout_s):
             async with client() as control:
                 return await control.request(op, **args)
 

@@ -39,8 +39,7 @@ def serve(context: click.Context, path: Path | None, log_level: str) -> None:
     _log_to_stderr(log_level)
     try:
         config = Config() if path is None else load(path)
-        told = config.daemon.runtime_dir
-        where = runtime_dir() if told is None else Path(told)
+        where = runtime_dir(config.daemon.runtime_dir)
         trio.run(_run, Daemon(config, where))
     except (VbusError, OSError, ExceptionGroup) as error:
         cause = innermost(error)

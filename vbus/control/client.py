@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import Any, Self
 
 import trio
@@ -47,7 +46,7 @@ class ControlClient:
         self._sock.close()
 
     async def request(self, op: str, **args: object) -> Any:
-        """Ask, and give the result.
+        """Ask, and give the result. If cancelled, close the connection.
 
         Raises the VbusError of the daemon's refusal, UnreachableError if the daemon
         leaves, ProtocolError.
@@ -55,16 +54,19 @@ class ControlClient:
         await self._ask(op, args)
         return (await self._answer()).result
 
-    async def events(self) -> AsyncIterator[dict[str, object]]:
+    def events(self) -> "Events":
         """Give every change from now on; the connection is for nothing else then.
 
         A reader that is too slow is told its losses: {"event": "lost", "count": n}.
         """
-        await self.request("events")
+        return Events(self)
+
+    async def next_event(self) -> dict[str, object]:
+        """Wait for one more event; for `Events`."""
         while True:
             event = (await self._answer()).event
             if event is not None:
-                yield event
+                return event
 
     async def _ask(self, op: str, args: dict[str, object]) -> None:
         self._last_id += 1
@@ -97,3 +99,20 @@ class ControlClient:
                 raise UnreachableError(f"the daemon at {self._path} hung up")
             self._bodies.extend(self._frames.feed(data))
         return self._bodies.popleft()
+
+
+class Events:
+    """The stream of changes, as an async iterator; it starts when first asked."""
+
+    def __init__(self, client: ControlClient) -> None:
+        self._client = client
+        self._started = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, object]:
+        if not self._started:
+            await self._client.request("events")
+            self._started = True
+        return await self._client.next_event()

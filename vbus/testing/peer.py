@@ -340,6 +340,8 @@ class GuestPeer:
         result, _ = await self.hypercall(
             Hypercall.DEVSHM, abi.DEVSHM.pack(argument), channel=channel
         )
+        if result < 0 or signal_offset is None:
+            shared.doorbell.close()  # nothing will ever ring it
         shared.handle = _check(result)
         if signal_offset is not None:
             self.shared[shared.cookie] = shared

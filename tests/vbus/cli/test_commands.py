@@ -56,7 +56,7 @@ def without_daemon(tmp_path: Path, *words: str) -> "subprocess.CompletedProcess[
 
 
 def test_json_has_stable_keys(daemon: Served) -> None:
-    """R58: programs read what people read."""
+    """R11: programs read what people read."""
     [bus] = daemon.ask("bus", "show")
     assert bus == {
         "name": "bus0",

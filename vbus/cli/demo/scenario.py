@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from vbus.cli.demo import report
-from vbus.cli.demo.stage import DemoError, Guest, Stage
+from vbus.cli.demo.stage import DemoError, Guest, Stage, read_line
 from vbus.errors import VbusError
 
 PINGS = 200
@@ -124,11 +124,7 @@ class Scenario:
         process = await self.stage.sink(sink, "7007")
         words = ("source", address, "7007", str(self.seconds))
         await self.stage.traffic(source, *words)
-        assert process.stdout is not None
-        said = b""
-        while not said.endswith(b"\n"):
-            said += await process.stdout.receive_some()
-        size, took = said.split()
+        size, took = (await read_line(process)).split()
         return int(size) * 8 / float(took) / 1e9
 
     async def plug(self) -> None:

@@ -130,8 +130,7 @@ class Stage:
         process = await self._start(
             *self._in(place, "sink", port), stdout=subprocess.PIPE
         )
-        assert process.stdout is not None
-        if await process.stdout.receive_some() != b"ready\n":
+        if await read_line(process) != b"ready":
             raise DemoError("the sink does not listen")
         return process
 
@@ -151,6 +150,18 @@ class Stage:
             )
             process: trio.Process = await self._nursery.start(run)
         return process
+
+
+async def read_line(process: trio.Process) -> bytes:
+    """Give the next line of a process that says no more until it is asked to."""
+    assert process.stdout is not None
+    said = b""
+    while not said.endswith(b"\n"):
+        chunk = await process.stdout.receive_some()
+        if not chunk:
+            break
+        said += chunk
+    return said.rstrip()
 
 
 async def _end(process: trio.Process) -> None:
