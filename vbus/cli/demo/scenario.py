@@ -13,7 +13,7 @@ from typing import Any
 import trio
 
 from vbus.cli.demo import report
-from vbus.cli.demo.stage import DemoError, Guest, Stage, read_line
+from vbus.cli.demo.stage import DemoError, Guest, Place, Stage
 from vbus.errors import VbusError
 
 PINGS = 200
@@ -100,7 +100,7 @@ class Scenario:
         }
 
     async def ping(self, place: Guest, address: str, count: int) -> float:
-        said = await self.stage.traffic(place, "ping", address, str(count))
+        said = await place.traffic("ping", address, str(count))
         trips = [float(line) for line in said.split()]
         if len(trips) < count / 2:
             raise DemoError(f"{place.name}: {len(trips)} of {count} pings answered")
@@ -111,20 +111,18 @@ class Scenario:
         meanwhile."""
         first, second = self.guests["g1"], self.guests["g2"]
         result = self.result["tcp_gbit_s"] = {}
-        result["g1-host"] = await self.transfer(first, None, HOST)
-        result["host-g1"] = await self.transfer(None, first, ADDRESSES["g1"])
+        host = self.stage.host
+        result["g1-host"] = await self.transfer(first, host, HOST)
+        result["host-g1"] = await self.transfer(host, first, ADDRESSES["g1"])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.plug)
             result["g1-g2"] = await self.transfer(first, second, ADDRESSES["g2"])
             result["g2-g1"] = await self.transfer(second, first, ADDRESSES["g1"])
 
-    async def transfer(
-        self, source: Guest | None, sink: Guest | None, address: str
-    ) -> float:
-        process = await self.stage.sink(sink, "7007")
-        words = ("source", address, "7007", str(self.seconds))
-        await self.stage.traffic(source, *words)
-        size, took = (await read_line(process)).split()
+    async def transfer(self, source: Place, sink: Place, address: str) -> float:
+        output = await sink.sink("7007")
+        await source.traffic("source", address, "7007", str(self.seconds))
+        size, took = (await output.read_line()).split()
         return int(size) * 8 / float(took) / 1e9
 
     async def plug(self) -> None:
@@ -151,8 +149,7 @@ class Scenario:
         """SIGKILL a guest; a new one takes its place and answers."""
         old = self.guests[name]
         self.counted.append(await old.ask_statistics())
-        old.process.kill()
-        await old.process.wait()
+        await old.kill()
         start = time.perf_counter()
         await self.start(name)
         if not self.frames:

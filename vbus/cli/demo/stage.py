@@ -1,13 +1,15 @@
 """The demo's processes: the daemon, the guests, and short helpers in their networks.
 
-Every process belongs to the stage's nursery and ends with it.
+Every process belongs to the stage's nursery and ends with it. A guest that is a virtual
+machine is in `machine`.
 """
 
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from vbus.cli.demo.namespaces import in_network_of, new_network
 from vbus.control.client import ControlClient
 from vbus.errors import UnreachableError
 
-_READY_S = 15
-_TRAFFIC = (sys.executable, "-m", "vbus.cli.demo.traffic")
+READY_S = 15
+_TRAFFIC = "vbus.cli.demo.traffic"
 _VBUS = (sys.executable, "-m", "vbus")
 
 
@@ -27,25 +29,89 @@ class DemoError(Exception):
     """Something did not happen; the message says what."""
 
 
-class Guest:
+class Output:
+    """The lines of a process that says no more until it is asked to."""
+
+    def __init__(self, lines: AsyncIterator[str]) -> None:
+        self._lines = lines
+
+    async def read_line(self) -> str:
+        """Give its next line, "" at its end."""
+        return await anext(self._lines, "")
+
+
+async def lines_of(pieces: trio.abc.ReceiveStream) -> AsyncIterator[str]:
+    """Cut a stream into its lines."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
+
+
+class Place(ABC):
+    """A network in which the traffic helper runs: the host's or a guest's."""
+
+    @abstractmethod
+    async def traffic(self, *words: str) -> str:
+        """Run the helper to its end and give what it said."""
+
+    @abstractmethod
+    async def start_traffic(self, *words: str) -> Output:
+        """Start the helper and let it run."""
+
+    async def sink(self, port: str) -> Output:
+        """Start a sink and wait until it listens; its output comes later."""
+        output = await self.start_traffic("sink", port)
+        if await output.read_line() != "ready":
+            raise DemoError("the sink does not listen")
+        return output
+
+
+class Host(Place):
+    """The network of the daemon, or with `prefix` that of a process."""
+
+    def __init__(self, stage: "Stage", prefix: Sequence[str] = ()) -> None:
+        self._stage = stage
+        self._prefix = prefix
+
+    def _command(self, *words: str) -> list[str]:
+        return [*self._prefix, sys.executable, "-m", _TRAFFIC, *words]
+
+    async def traffic(self, *words: str) -> str:
+        command = self._command(*words)
+        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True)
+        return done.stdout.decode()
+
+    async def start_traffic(self, *words: str) -> Output:
+        process = await self._stage.start(*self._command(*words), output=True)
+        assert process.stdout is not None
+        return Output(lines_of(process.stdout))
+
+
+class Guest(Place):
     """A running `vbus guest run`, and what it has printed."""
 
-    def __init__(self, name: str, process: trio.Process) -> None:
+    ready_s: float = READY_S
+
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.process = process
         self.states: dict[str, str] = {}
         self.statistics: dict[str, Any] = {}
         self._news = trio.Condition()
 
-    async def listen(self) -> None:
+    @abstractmethod
+    async def kill(self) -> None:
+        """SIGKILL it, and wait until it is gone."""
+
+    @abstractmethod
+    async def _signal(self, number: int) -> None: ...
+
+    async def listen(self, lines: AsyncIterable[str]) -> None:
         """Take its lines until it ends."""
-        assert self.process.stdout is not None
-        rest = b""
-        async for chunk in self.process.stdout:
-            *lines, rest = (rest + chunk).split(b"\n")
+        async for line in lines:
             async with self._news:
-                for line in lines:
-                    self._take(json.loads(line))
+                self._take(json.loads(line))
                 self._news.notify_all()
 
     def _take(self, said: dict[str, Any]) -> None:
@@ -56,7 +122,7 @@ class Guest:
 
     async def until(self, what: str, condition: Callable[[], object]) -> None:
         """Wait for something that it prints. Raises DemoError."""
-        with trio.move_on_after(_READY_S):
+        with trio.move_on_after(self.ready_s):
             async with self._news:
                 while not condition():
                     await self._news.wait()
@@ -70,9 +136,31 @@ class Guest:
     async def ask_statistics(self) -> dict[str, Any]:
         """Give what it counts now."""
         self.statistics = {}
-        self.process.send_signal(signal.SIGUSR1)
+        await self._signal(signal.SIGUSR1)
         await self.until("statistics", lambda: self.statistics)
         return self.statistics
+
+
+class ProcessGuest(Guest):
+    """A guest that is a process of the host."""
+
+    def __init__(self, name: str, process: trio.Process, stage: "Stage") -> None:
+        super().__init__(name)
+        self._process = process
+        self._network = Host(stage, in_network_of(process.pid))
+
+    async def kill(self) -> None:
+        self._process.kill()
+        await self._process.wait()
+
+    async def _signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    async def traffic(self, *words: str) -> str:
+        return await self._network.traffic(*words)
+
+    async def start_traffic(self, *words: str) -> Output:
+        return await self._network.start_traffic(*words)
 
 
 class Stage:
@@ -80,25 +168,23 @@ class Stage:
 
     def __init__(self, nursery: trio.Nursery, folder: Path, *, networks: bool) -> None:
         """With `networks` each guest has a network namespace of its own."""
-        self._nursery = nursery
-        self._folder = folder
-        self._networks = networks
+        self.nursery = nursery
+        self.folder = folder
+        self.host = Host(self)
         self.log = folder / "log"
-
-    def client(self) -> ControlClient:
-        return ControlClient(self._folder / "control.sock")
+        self._networks = networks
 
     async def ask(self, op: str, **args: object) -> Any:
         """Ask the daemon one thing."""
-        async with self.client() as control:
+        async with ControlClient(self.folder / "control.sock") as control:
             return await control.request(op, **args)
 
     async def serve(self, config: str) -> None:
         """Start the daemon and wait for it. Raises DemoError."""
-        path = self._folder / "vbus.toml"
+        path = self.folder / "vbus.toml"
         path.write_text(config)
-        process = await self._start(*_VBUS, "serve", "--config", str(path))
-        with trio.move_on_after(_READY_S):
+        process = await self.start(*_VBUS, "serve", "--config", str(path))
+        with trio.move_on_after(READY_S):
             while process.returncode is None:
                 try:
                     await self.ask("tree")
@@ -108,60 +194,34 @@ class Stage:
                     return
         raise DemoError("the daemon does not start")
 
+    def socket(self, guest: str) -> Path:
+        return self.folder / "guests" / f"{guest}.sock"
+
     async def guest(self, name: str, *options: str) -> Guest:
         """Start a guest; what it prints is listened to."""
-        socket = self._folder / "guests" / f"{name}.sock"
-        command = [*_VBUS, "guest", "run", str(socket), "--json", *options]
+        socket = str(self.socket(name))
+        command = [*_VBUS, "guest", "run", socket, "--json", *options]
         if self._networks:
             command = new_network(*command)
-        guest = Guest(name, await self._start(*command, stdout=subprocess.PIPE))
-        self._nursery.start_soon(guest.listen)
+        process = await self.start(*command, output=True)
+        assert process.stdout is not None
+        guest = ProcessGuest(name, process, self)
+        self.nursery.start_soon(guest.listen, lines_of(process.stdout))
         return guest
 
-    async def traffic(self, place: Guest | None, *words: str) -> str:
-        """Run a traffic helper in the network of a guest or the host to its end."""
-        done = await trio.run_process(
-            self._in(place, *words), capture_stdout=True, capture_stderr=True
-        )
-        return done.stdout.decode()
-
-    async def sink(self, place: Guest | None, port: str) -> trio.Process:
-        """Start a sink and wait until it listens; its output comes later."""
-        process = await self._start(
-            *self._in(place, "sink", port), stdout=subprocess.PIPE
-        )
-        if await read_line(process) != b"ready":
-            raise DemoError("the sink does not listen")
-        return process
-
-    def _in(self, place: Guest | None, *words: str) -> list[str]:
-        command = [*_TRAFFIC, *words]
-        return command if place is None else in_network_of(place.process.pid, *command)
-
-    async def _start(self, *command: str, stdout: int | None = None) -> trio.Process:
+    async def start(self, *command: str, output: bool = False) -> trio.Process:
+        """Start a process of the stage."""
         with self.log.open("ab") as log:
             run = partial(
                 trio.run_process,
                 list(command),
-                stdout=stdout,
+                stdout=subprocess.PIPE if output else None,
                 stderr=log,
                 check=False,
                 deliver_cancel=_end,
             )
-            process: trio.Process = await self._nursery.start(run)
+            process: trio.Process = await self.nursery.start(run)
         return process
-
-
-async def read_line(process: trio.Process) -> bytes:
-    """Give the next line of a process that says no more until it is asked to."""
-    assert process.stdout is not None
-    said = b""
-    while not said.endswith(b"\n"):
-        chunk = await process.stdout.receive_some()
-        if not chunk:
-            break
-        said += chunk
-    return said.rstrip()
 
 
 async def _end(process: trio.Process) -> None:
