@@ -109,6 +109,7 @@ def show_guest(guest: Guest) -> Shown:
         "attached": guest.bridge.attached,
         "pci": {"functions": 1, "bars": len(config.bars), "vectors": vectors},
         "connections": [one.device.name for one in guest.bridge.connections],
+        "since_attach": plain(guest.server.client_statistics()),
     }
 
 

@@ -81,6 +81,8 @@ class DeviceCommands:
         )
         self._maps += 1
         self._counters.dma_maps += 1
+        if not fds:
+            self._counters.unbacked_maps += 1
         return Answer()
 
     def _dma_unmap(self, body: bytes, _fds: list[int]) -> Answer:
@@ -150,6 +152,7 @@ class DeviceCommands:
 
     def _reset(self, _body: bytes, _fds: list[int]) -> Answer:
         self._function.reset()
+        self.interrupts.forget_pending()
         self._counters.resets += 1
         return Answer()
 

@@ -68,6 +68,10 @@ class InterruptTable:
             chosen = list(vectors)
         self._act(request.irq, chosen, action)
 
+    def forget_pending(self) -> None:
+        """Drop what masked vectors remember: it was for the life before a reset."""
+        self._pending.clear()
+
     def close(self) -> None:
         """Forget everything and close all eventfds."""
         for doorbell in self._doorbells.values():

@@ -21,7 +21,11 @@ from vbus.pci.function import PciFunction
 from vbus.sockets import Peer, listen, peer_of, unlinker
 from vbus.vfio_user import wire
 from vbus.vfio_user.session import Session
-from vbus.vfio_user.statistics import Counters, ServerStatistics
+from vbus.vfio_user.statistics import (
+    ClientStatistics,
+    Counters,
+    ServerStatistics,
+)
 from vbus.vfio_user.transport import FdSocket, close_all
 
 _REFUSAL_TIMEOUT_S = 2.0
@@ -61,6 +65,7 @@ class VfioUserServer:
         self._allow_truncatable = allow_truncatable
         self._spin_us = spin_us
         self._counters = Counters()
+        self._at_attach = self._counters.frozen(None, 0, 0)
         self._session: Session | None = None
         self._peer: Peer | None = None
         self._client_socket: FdSocket | None = None
@@ -92,6 +97,10 @@ class VfioUserServer:
         interrupts = session.commands.interrupts.raised if session else 0
         pending = session.pending if session else 0
         return self._counters.frozen(self._peer, interrupts, pending)
+
+    def client_statistics(self) -> ClientStatistics:
+        """What the client has asked for since it attached, or the last one did."""
+        return ClientStatistics.between(self._at_attach, self.statistics())
 
     async def dma_read(self, address: int, size: int) -> bytes:
         """Read guest memory that came without a descriptor, by messages.
@@ -154,6 +163,7 @@ class VfioUserServer:
 
     def _start(self, sock: FdSocket, peer: Peer, nursery: trio.Nursery) -> None:
         self._counters.clients += 1
+        self._at_attach = self._counters.frozen(peer, 0, 0)
         self._peer = peer
         self._client_socket = sock
         self._session = Session(

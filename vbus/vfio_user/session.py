@@ -20,7 +20,7 @@ from vbus.errors import (
     ProtocolError,
     VbusError,
 )
-from vbus.pci.constants import REGION_COUNT
+from vbus.pci.constants import REGION_COUNT, Region
 from vbus.pci.function import PciFunction, Pending
 from vbus.pci.pending import settle
 from vbus.vfio_user import wire
@@ -38,6 +38,11 @@ _LOGGED_ERRORS = 20
 # QEMU 11.1 loses its place in the stream when a reply of its own does not fit into the
 # socket's buffer, 208 KiB by default.
 _DMA_PIECE = 64 << 10
+_UNSHARED = (
+    "the guest's memory came without descriptors, so the guest gets EFAULT for it;"
+    " start QEMU with -object memory-backend-memfd,id=mem,size=...,share=on"
+    " -machine memory-backend=mem"
+)
 
 CAPABILITIES = wire.Capabilities(
     max_msg_fds=wire.MAX_MSG_FDS,
@@ -81,6 +86,7 @@ class Session:
         self._counters = counters
         self._log = log
         self._logged = 0
+        self._memory_judged = False
         self._spin = AdaptiveSpin(spin_us) if spin_us else None
         self._connection = wire.Connection()
         self._client = wire.Capabilities()
@@ -302,6 +308,8 @@ class Session:
         offset, region, size, data = wire.RegionAccess.unpack_data(message.body)
         self._check(region, size)
         self._counters.region_writes[region] += 1
+        if not self._memory_judged and region != Region.CONFIG:
+            self._judge_memory()
         pending = self._function.write(region, offset, data)
         if pending is None:
             self._answer_write(message)
@@ -329,6 +337,19 @@ class Session:
     def _answer_write_multi(self, message: Message, _data: bytes | None = None) -> None:
         done = len(wire.WriteMulti.unpack(message.body).writes)
         self._answer(message, Answer(wire.pack_write_multi_reply(done)))
+
+    def _judge_memory(self) -> None:
+        """A driver is at work: if its memory is out of reach, say why, and only once.
+
+        A few ranges always come without a descriptor: BARs of other devices. Where
+        they are more than the rest, the machine's own memory is among them.
+        """
+        memory = self._function.memory
+        backed = memory.statistics().mapped_bytes
+        unbacked = sum(one.size for one in memory.regions() if not one.backed)
+        self._memory_judged = bool(backed or unbacked)
+        if unbacked > backed:
+            self._log.warning(_UNSHARED)
 
     def _check(self, region: int, size: int) -> None:
         if region >= REGION_COUNT:

@@ -1,32 +1,34 @@
 """A stock QEMU (10.1 or newer) with our function in it: firmware only, no guest system.
 
-Needs `VBUS_QEMU` or a `qemu-system-x86_64` in PATH that has vfio-user-pci.
+What `vbus.vm.qemu` finds is used; tests with a guest system are in tests/vm.
 """
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
 import trio
 
+from vbus.errors import NotFoundError, VbusError
 from vbus.pci.constants import Command, Offset, Region
+from vbus.vm import qemu
 
-QEMU = os.environ.get("VBUS_QEMU") or shutil.which("qemu-system-x86_64") or ""
-
-
-def has_vfio_user():
-    if not QEMU:
-        return False
-    devices = subprocess.run([QEMU, "-device", "help"], capture_output=True, text=True)
-    return "vfio-user-pci" in devices.stdout
+pytestmark = [pytest.mark.slow, pytest.mark.vm]
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_vfio_user(), reason="needs QEMU with vfio-user-pci"),
-]
+@pytest.fixture(scope="session")
+def emulator():
+    """A fit QEMU; without one: skip, or fail where VBUS_VM_REQUIRED is set."""
+    try:
+        found = qemu.find()
+        if found is None:
+            raise NotFoundError("no QEMU with vfio-user-pci: run `vbus guest qemu`")
+    except VbusError as error:
+        if os.environ.get("VBUS_VM_REQUIRED"):
+            raise
+        pytest.skip(str(error))
+    return str(found.path)
 
 
 class Machine:
@@ -59,14 +61,14 @@ class Machine:
 
 
 @pytest.fixture
-async def machine(bench):
+async def machine(bench, emulator):
     memory = "memory-backend-memfd,id=mem,size=64M,share=on"
     socket = {"type": "unix", "path": str(bench.path)}
     device = json.dumps({"driver": "vfio-user-pci", "socket": socket})
     arguments = f"-accel tcg -m 64M -M q35,memory-backend=mem -object {memory}"
     arguments += " -nodefaults -display none -qmp stdio"
     process = await trio.lowlevel.open_process(
-        [QEMU, *arguments.split(), "-device", device],
+        [emulator, *arguments.split(), "-device", device],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

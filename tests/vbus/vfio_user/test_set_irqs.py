@@ -96,6 +96,17 @@ async def test_setting_again_replaces(function, client, eventfds, open_fds):
     assert (rung(old), rung(new)) == (0, 1)
 
 
+async def test_reset_forgets_what_a_masked_vector_remembers(function, client, eventfds):
+    """Nothing of the life before a reset is delivered to the one after it."""
+    (fd,) = eventfds(1)
+    await set_irqs(client, SET, Irq.MSIX, 0, 1, fds=[fd])
+    await set_irqs(client, NONE | MASK, Irq.MSIX, 0, 1)
+    assert function.interrupt(0)
+    await client.ask(Command.DEVICE_RESET)
+    await set_irqs(client, NONE | UNMASK, Irq.MSIX, 0, 1)
+    assert rung(fd) == 0
+
+
 async def test_masked_vector_rings_once_when_unmasked(function, client, eventfds):
     (fd,) = eventfds(1)
     await set_irqs(client, SET, Irq.INTX, 0, 1, fds=[fd])
