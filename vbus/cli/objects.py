@@ -234,3 +234,8 @@ def guest_show(name: str | None, as_json: bool) -> None:
             for one in shown
         ],
     )
+    if name is not None:
+        print_table(
+            ("since it attached", "count"),
+            [(key, str(value)) for key, value in shown[0]["since_attach"].items()],
+        )
