@@ -126,6 +126,7 @@ class BridgeDriver:
         self._one_vector = kind is not Irq.MSIX
         vectors = 1 if self._one_vector else count
         self._interrupts = await self.function.enable_interrupts(kind, vectors)
+        self._interrupts.watch(self._waiting)
         await self.calls.add_channels()
         argument = abi.pack_qreg([queue.entry for queue in self._queues])
         result, _ = await self.calls.bridge_call(BridgeCall.QREG, argument)
@@ -160,7 +161,8 @@ class BridgeDriver:
         vectors = self.function.interrupt_vectors(Irq.MSIX)
         if multi and vectors >= abi.QUEUE_LIMIT:
             return Irq.MSIX, abi.QUEUE_LIMIT
-        return Irq.MSI, abi.QUEUE_LIMIT if multi else 1
+        kind = Irq.MSI if self.function.interrupt_vectors(Irq.MSI) else Irq.INTX
+        return kind, abi.QUEUE_LIMIT if multi else 1
 
     def tell_room(self, index: int) -> None:
         """Tell the host that event queue `index` has room again."""
@@ -278,6 +280,10 @@ class BridgeDriver:
             if time.perf_counter_ns() > turn_ends:
                 await trio.lowlevel.checkpoint()
                 turn_ends = time.perf_counter_ns() + _TURN_NS
+
+    def _waiting(self) -> bool:
+        """Is there an event in any queue? Raises RingFault."""
+        return any(queue.waiting() for queue in self._queues)
 
     def _run_batch(self, queue: EventQueue) -> bool:
         """Handle one batch; True if the queue is done until its next interrupt."""

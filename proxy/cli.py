@@ -1,7 +1,8 @@
-"""`vbus guest run`: be a guest of a bridge, with the drivers of its devices."""
+"""`vbus guest run|scan`: be a guest of a bridge; look what bridges there are."""
 
 import signal
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import click
@@ -10,11 +11,16 @@ import trio
 
 from proxy.bridge import BridgeDriver
 from proxy.guest import MEMORY_MIB, attach
+from proxy.linux.devices import PciDevice
+from proxy.linux.function import bridges, choose, is_address
 from proxy.registry import DriverHost, Report
 from proxy.tasks import beside
-from vbus.errors import UnreachableError, VbusError
+from vbus.errors import BusyError, UnreachableError, VbusError
 
 VENET = "virtual-ethernet"
+SCAN_MEMORY_MIB = 4
+SCAN_QUIET_S = 0.1
+"""What is there is announced at once: after such a silence that was all."""
 EXIT_REFUSED, EXIT_UNREACHABLE = 1, 3
 
 
@@ -38,14 +44,18 @@ class _Output:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
-    def attached(self, socket: str, bridge: BridgeDriver) -> None:
+    def way(self, line: str) -> None:
+        """Say how the function is reached."""
+        self._tell(line, {"event": "function", "detail": line})
+
+    def attached(self, where: str, bridge: BridgeDriver) -> None:
         statistics = bridge.statistics()
         queues, vectors = statistics.queues, len(statistics.interrupts.by_vector)
         self._tell(
-            f"attached to {socket}: {queues} event queues, {vectors} vectors",
+            f"attached to {where}: {queues} event queues, {vectors} vectors",
             {
                 "event": "attached",
-                "socket": socket,
+                "to": where,
                 "queues": queues,
                 "vectors": vectors,
                 "capabilities": statistics.capabilities,
@@ -81,8 +91,26 @@ class _Output:
         click.echo(msgspec.json.encode(values) if self._as_json else line)
 
 
+def _no_address(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> str | None:
+    """Refuse what is no PCI address."""
+    if value is not None and not is_address(value):
+        raise click.BadParameter(f"{value!r} is no PCI address, as 0000:00:04.0")
+    return value
+
+
+_device = click.option(
+    "--device",
+    metavar="ADDRESS",
+    callback=_no_address,
+    help="The bridge at this PCI address of this virtual machine.",
+)
+
+
 @click.command("run")
-@click.argument("socket", type=click.Path())
+@click.argument("socket", type=click.Path(), required=False)
+@_device
 @click.option(
     "--address",
     "addresses",
@@ -102,26 +130,34 @@ class _Output:
 @click.option("--compat", is_flag=True, help="Keep to the original protocol.")
 @click.option("-j", "--json", "as_json", is_flag=True, help="One JSON object per line.")
 def run(
-    socket: str,
+    socket: str | None,
+    device: str | None,
     addresses: tuple[tuple[str, str], ...],
     frames: bool,
     memory_mib: int,
     compat: bool,
     as_json: bool,
 ) -> None:
-    """Be a guest of the bridge served at SOCKET until interrupted.
+    """Be a guest of a bridge until interrupted.
+
+    A process of the host names the SOCKET at which its bridge is served. In a virtual
+    machine the bridge is the PCI function found there.
 
     Devices get their drivers as they come. SIGUSR1 prints statistics, SIGTERM and
     SIGINT print them and end.
     """
+    if socket is not None and device is not None:
+        raise click.UsageError("SOCKET and --device exclude each other")
     options: dict[str, dict[str, object]] = {}
-    for device, address in addresses:
-        options.setdefault(device, {})["address"] = address
+    for name, address in addresses:
+        options.setdefault(name, {})["address"] = address
     defaults = {VENET: {"frames": True}} if frames else {}
     output = _Output(as_json=as_json)
 
     async def main() -> None:
-        await _run(socket, output, memory_mib, compat, options, defaults)
+        where = socket or choose(device).address
+        attaching = attach(where, memory_mib=memory_mib, compat=compat, say=output.way)
+        await _run(where, attaching, output, options, defaults)
 
     try:
         trio.run(main)
@@ -133,18 +169,17 @@ def run(
 
 
 async def _run(
-    socket: str,
+    where: str,
+    attaching: AbstractAsyncContextManager[BridgeDriver],
     output: _Output,
-    memory_mib: int,
-    compat: bool,
     options: Mapping[str, Mapping[str, object]],
     defaults: Mapping[str, Mapping[str, object]],
 ) -> None:
     with trio.open_signal_receiver(
         signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
     ) as signals:
-        async with attach(socket, memory_mib=memory_mib, compat=compat) as bridge:
-            output.attached(socket, bridge)
+        async with attaching as bridge:
+            output.attached(where, bridge)
             drivers = DriverHost(
                 bridge, options=options, defaults=defaults, report=output.device
             )
@@ -156,3 +191,55 @@ async def _run(
                         output.statistics(bridge, drivers)
                 finally:
                     output.statistics(bridge, drivers)
+
+
+@click.command("scan")
+@_device
+@click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
+def scan(device: str | None, as_json: bool) -> None:
+    """Show the bridges of this virtual machine and the devices behind each.
+
+    Attaches to each bridge for a moment, unless another process has it.
+    """
+    found = [choose(device)] if device is not None else bridges()
+    shown = [trio.run(_look, bridge) for bridge in found]
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(shown)))
+        return
+    for one in shown:
+        click.echo(f"{one['address']}  {one['driver'] or 'no driver'}  {one['state']}")
+        for name, about in one["devices"].items():
+            click.echo(f"    {name}  {about['type']}  id {about['id']}")
+    if not shown:
+        click.echo("this machine has no bridge", err=True)
+
+
+async def _look(function: PciDevice) -> dict[str, Any]:
+    """Describe one bridge. What stands in the way of attaching is its state."""
+    about: dict[str, Any] = {
+        "address": function.address,
+        "driver": function.driver,
+        "iommu_group": function.iommu_group,
+        "state": "free",
+        "devices": {},
+    }
+    try:
+        async with attach(function.address, memory_mib=SCAN_MEMORY_MIB) as bridge:
+            await _settle(bridge)
+            about["devices"] = {
+                device.name: {"id": device.id, "type": device.type}
+                for device in bridge.devices.values()
+            }
+    except BusyError as error:
+        about["state"] = f"busy: {error}"
+    except VbusError as error:
+        about["state"] = f"failed: {error}"
+    return about
+
+
+async def _settle(bridge: BridgeDriver) -> None:
+    """Wait until no more devices are announced."""
+    known = -1
+    while known != len(bridge.devices):
+        known = len(bridge.devices)
+        await trio.sleep(SCAN_QUIET_S)

@@ -1,7 +1,8 @@
-"""The memory of a guest that is a process: a sealed memory file at its own addresses.
+"""The memory of a guest: a sealed memory file at addresses which we choose.
 
 Drivers allocate here what they share with a device, as a kernel does by its DMA API.
-The host maps the same file and reaches all of it, and nothing else of the process.
+The device reaches all of it and nothing else: the host maps the file of a process that
+is a guest, an IOMMU maps the huge pages of one inside of a virtual machine.
 """
 
 from bisect import bisect_left
@@ -16,6 +17,7 @@ from vbus.errors import InvalidError, NoSpaceError
 BASE_ADDRESS = 1 << 20
 """Where the memory begins: address 0 never is a buffer."""
 PAGE_SIZE = 4096
+HUGE_PAGE_SIZE = 2 << 20
 LINE_SIZE = 64
 """Least alignment, so that no two buffers share a cache line."""
 
@@ -109,14 +111,19 @@ class DmaBuffer:
 class DmaMemory:
     """All memory of the guest; `fd` is the file, `space` the addresses."""
 
-    def __init__(self, size: int, *, base: int = BASE_ADDRESS) -> None:
-        """Make the memory. Raises InvalidError unless `size` is whole pages."""
-        if size <= 0 or size % PAGE_SIZE:
+    def __init__(
+        self, size: int, *, base: int = BASE_ADDRESS, huge: bool = False
+    ) -> None:
+        """Make the memory, of huge pages if so wanted: there must be enough of them.
+
+        Raises InvalidError unless `size` is whole pages.
+        """
+        if size <= 0 or size % (HUGE_PAGE_SIZE if huge else PAGE_SIZE):
             raise InvalidError(f"guest memory of {size} bytes is not whole pages")
         self.base = base
         self.size = size
         self.space = AddressSpace()
-        self.fd = create_memfd("vbus-guest", size)
+        self.fd = create_memfd("vbus-guest", size, huge=huge)
         self._allocator = Allocator(base, size)
         try:
             self.space.map(base, size, self.fd)

@@ -58,6 +58,9 @@ class Interrupts:
             if fired := self.take():
                 return fired
 
+    def watch(self, look: Callable[[], bool]) -> None:
+        """Where there is no interrupt but polling, `look` tells whether to wake."""
+
     def take(self) -> list[int]:
         """Give the vectors that fired since the last time, without waiting."""
         if self._epoll.closed:

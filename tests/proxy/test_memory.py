@@ -116,3 +116,5 @@ def test_a_closed_buffer_is_free_again_and_dead() -> None:
 def test_memory_is_whole_pages() -> None:
     with pytest.raises(InvalidError):
         DmaMemory(1000)
+    with pytest.raises(InvalidError, match="3145728 bytes is not whole pages"):
+        DmaMemory(3 << 20, huge=True)

@@ -120,7 +120,8 @@ async def test_options_are_checked(host: Host) -> None:
 
 def test_the_interface_is_named_after_the_device() -> None:
     assert interface_name("lan0-g1") == "lan0-g1"
-    assert interface_name("a-very-long-name-of-a-device") == "a-very-long-nam"
+    assert interface_name("fifteen-letters") == "fifteen-letters"
+    assert interface_name("sixteen-letters!") == "venet%d"
     with pytest.raises(InvalidError):
         interface_name("")
 

@@ -54,7 +54,7 @@ def _open(name: str) -> tuple[int, str]:
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NoDeviceError("no /dev/net/tun: load the module tun") from None
+        raise NoDeviceError("no /dev/net/tun; run as root: modprobe tun") from None
     except PermissionError:
         raise PermissionDeniedError("/dev/net/tun: permission denied") from None
     try:
