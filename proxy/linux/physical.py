@@ -19,6 +19,7 @@ _PAGE_SIZE = 4096
 _PRESENT = 1 << 63
 _FRAME = (1 << 55) - 1
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_MEMINFO = Path("/proc/meminfo")
 _ATTEMPTS = 3
 
 Range = tuple[int, int]
@@ -94,24 +95,39 @@ class RangesAllocator(Allocator):
         return max(part.largest_hole for part in self._parts)
 
 
-def reserve(pages: int, pool: Path = _POOL) -> None:
-    """Have at least `pages` huge pages free. Raises NoSpaceError."""
+def reserve(pages: int, pool: Path = _POOL, meminfo: Path = _MEMINFO) -> None:
+    """Have at least `pages` huge pages free, or leave all as it was.
+
+    They are taken only where an eighth of what is available stays: the kernel would
+    kill others for more. Raises NoSpaceError.
+    """
+    count = pool / "nr_hugepages"
     try:
-        total = int((pool / "nr_hugepages").read_text())
+        total = int(count.read_text())
         free = int((pool / "free_hugepages").read_text())
     except OSError:
         raise NoSpaceError("this kernel has no huge pages of 2 MiB") from None
     if free >= pages:
         return
     wanted = total + pages - free
-    with suppress(OSError):  # the count below tells what came of it
-        (pool / "nr_hugepages").write_text(str(wanted))
-    free = int((pool / "free_hugepages").read_text())
-    if free < pages:
-        raise NoSpaceError(
-            f"{pages} huge pages of 2 MiB are needed and {free} are free; give the"
-            f" machine memory for them and run: sysctl vm.nr_hugepages={wanted}"
-        )
+    if (pages - free) * HUGE_PAGE_SIZE <= _available(meminfo) * 7 // 8:
+        with suppress(OSError):  # the count below tells what came of it
+            count.write_text(str(wanted))
+            if int((pool / "free_hugepages").read_text()) >= pages:
+                return
+            count.write_text(str(total))
+    raise NoSpaceError(
+        f"{pages} huge pages of 2 MiB are needed and {free} are free; give the"
+        f" machine memory for them and run: sysctl vm.nr_hugepages={wanted}"
+    )
+
+
+def _available(meminfo: Path) -> int:
+    """Bytes that can be had without swapping."""
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def merge(frames: Sequence[int]) -> list[Range]:

@@ -22,7 +22,6 @@ _SET_IOMMU = _BASE + 2
 _GROUP_GET_STATUS = _BASE + 3
 _GROUP_SET_CONTAINER = _BASE + 4
 _GROUP_GET_DEVICE_FD = _BASE + 6
-_DEVICE_GET_INFO = _BASE + 7
 _DEVICE_GET_REGION_INFO = _BASE + 8
 _DEVICE_GET_IRQ_INFO = _BASE + 9
 _DEVICE_SET_IRQS = _BASE + 10
@@ -33,8 +32,6 @@ _GROUP_STATUS = struct.Struct("=II")
 _GROUP_VIABLE = 1 << 0
 _DMA_MAP = struct.Struct("=IIQQQ")
 _DMA_READ_WRITE = 0b11
-_DEVICE_INFO = struct.Struct("=IIII")
-_DEVICE_CAN_RESET = 1 << 0
 _REGION_INFO = struct.Struct("=IIIIQQ")
 _IRQ_INFO = struct.Struct("=IIII")
 _IRQ_SET = struct.Struct("=IIIII")
@@ -116,11 +113,6 @@ class Group(_File):
 
 class DeviceFile(_File):
     """A function; its regions are parts of this file."""
-
-    def can_reset(self) -> bool:
-        info = bytearray(_DEVICE_INFO.pack(_DEVICE_INFO.size, 0, 0, 0))
-        fcntl.ioctl(self.fd, _DEVICE_GET_INFO, info)
-        return bool(_DEVICE_INFO.unpack(info)[1] & _DEVICE_CAN_RESET)
 
     def region(self, index: Region) -> RegionPlace:
         info = bytearray(_REGION_INFO.pack(_REGION_INFO.size, 0, index, 0, 0, 0))

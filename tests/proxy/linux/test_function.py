@@ -92,3 +92,25 @@ async def test_an_iommu_that_does_not_want_the_function_leaves_it_to_uio(
             pass
     assert said == ["0000:00:04.0: by uio (no IOMMU), without interrupts: polled"]
     assert (path / "driver_override").exists() == (driver is None)
+
+
+async def test_without_vfio_only_an_iommu_that_passes_through_lets_uio_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack(name: str) -> None:
+        raise NotFoundError(f"modprobe {name} failed")
+
+    monkeypatch.setattr(vfio, "MODULES", tmp_path / "none")
+    monkeypatch.setattr(vfio, "load_module", lack)
+    path = add_function(tmp_path)
+    link(path, "driver", f"drivers/{uio.DRIVER}")
+    link(path, "iommu_group", "groups/3")
+    (path / "uio/uio7").rmdir()
+    said: list[str] = []
+    for kind, reason in (("DMA-FQ", "modprobe vfio"), ("identity", "no uio device")):
+        (path / "iommu_group/type").write_text(f"{kind}\n")
+        with pytest.raises((NotFoundError, NoDeviceError), match=reason):
+            async with open_function(bridge(tmp_path), 1 << 20, said.append):
+                pass
+    (way,) = [line for line in said if "uio" in line]
+    assert "the IOMMU passes addresses through, and modprobe vfio_iommu" in way

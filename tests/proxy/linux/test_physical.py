@@ -59,10 +59,27 @@ def test_enough_free_pages_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "nr_hugepages").read_text() == "10\n"
 
 
-def test_missing_pages_are_asked_for_and_the_command_told(tmp_path: Path) -> None:
+def meminfo(folder: Path, available: int) -> Path:
+    (folder / "meminfo").write_text(
+        f"MemTotal: 999999 kB\nMemAvailable: {available >> 10} kB\n"
+    )
+    return folder / "meminfo"
+
+
+@pytest.mark.parametrize(
+    ("available", "asked"), [(60 * MB, []), (68 * MB, []), (80 * MB, ["38", "8"])]
+)
+def test_missing_pages_are_asked_for_but_not_at_the_cost_of_all_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, asked: list[str]
+) -> None:
+    """What the kernel found of them, too few, it gets back; the command is told."""
+    fake, meminfo = pool(tmp_path, 8, 2), tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: 999999 kB\nMemAvailable: {available >> 10} kB\n")
+    written: list[str] = []
+    monkeypatch.setattr(Path, "write_text", lambda _, text: written.append(text))
     with pytest.raises(NoSpaceError, match=r"32 huge.* 2 are free.*nr_hugepages=38$"):
-        reserve(32, pool(tmp_path, 8, 2))
-    assert (tmp_path / "nr_hugepages").read_text() == "38"
+        reserve(32, fake, meminfo)
+    assert written == asked
 
 
 def test_a_kernel_without_huge_pages_is_told(tmp_path: Path) -> None:

@@ -229,12 +229,13 @@ def test_neighbours_with_drivers_are_named(tmp_path: Path) -> None:
     """Functions without a driver, and bridges, do not stand in the way."""
     path = add_function(tmp_path)
     link(path, "iommu_group", "groups/3")
+    (path / "iommu_group/devices").mkdir()
     drivers = {"05.0": "e1000", "06.0": None, "07.0": "pcieport", "08.0": "ahci"}
     for name, driver in drivers.items():
         other = add_function(tmp_path, f"0000:00:{name}", vendor=0x8086)
         if driver is not None:
             link(other, "driver", f"drivers/{driver}")
-        link(path / "iommu_group/devices", other.name, f"../{other.name}")
+        (path / "iommu_group/devices" / other.name).symlink_to(other)
     told = vfio._who_hinders(bridge(tmp_path))
     assert told.startswith(
         "0000:00:04.0 (IOMMU group 3) has 0000:00:05.0 (e1000) and 0000:00:08.0 (ahci)"
