@@ -4,7 +4,13 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-FOLDERS = {"shm": "shm", "ioq": "ioq", "vbus.net": "vbus/net"}
+FOLDERS = {
+    "shm": "shm",
+    "ioq": "ioq",
+    "vbus.net": "vbus/net",
+    "backends.virtio": "backends/virtio",
+    "proxy.virtio": "proxy/virtio",
+}
 
 
 def core(package: str, *below: str) -> Extension:
@@ -35,6 +41,8 @@ setup(
         core("shm"),
         core("ioq", "shm"),
         core("vbus.net", "shm", "ioq"),
+        core("backends.virtio", "shm"),
+        core("proxy.virtio", "backends.virtio", "shm"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

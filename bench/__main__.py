@@ -6,14 +6,19 @@ import sys
 import click
 from rich.console import Console
 
-from bench import control, messages, network
+from bench import control, messages, network, virtqueue
 from bench.harness import Results, Suite
 from bench.processes import Skipped
 from bench.table import as_json, show_metrics, show_targets
 
 _WIDTH = 120
 
-SUITES: tuple[Suite, ...] = (*messages.SUITES, *control.SUITES, *network.SUITES)
+SUITES: tuple[Suite, ...] = (
+    *messages.SUITES,
+    *control.SUITES,
+    *network.SUITES,
+    *virtqueue.SUITES,
+)
 
 
 def _measure(suite: Suite, rounds: int, log: Console) -> Results | None:

@@ -347,10 +347,13 @@ static PyObject *batch_load(PyObject *self, PyObject *frames)
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(n);
 }
 
+#include "_plain.inc"
+
 static PyMethodDef batch_methods[] = {
     {"runs", batch_runs, METH_NOARGS, NULL},
     {"frame", batch_frame, METH_O, NULL},
     {"load", batch_load, METH_O, NULL},
+    {"plain", (PyCFunction)(void (*)(void))batch_plain, METH_FASTCALL, NULL},
     {0},
 };
 

@@ -1,0 +1,1 @@
+"""Virtio device models, transport-free, and the virtqueues they are driven through."""

@@ -1,0 +1,136 @@
+"""One queue of a device: its set-up by the driver, and its ring while it is in use.
+
+A reset takes the ring away at once. Work that still holds a `LiveRing` (a disk that has
+not answered yet) finds it closed: it must not touch the driver's memory any more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from backends.venet.flag import Flag
+from backends.virtio.constants import QUEUE_SIZE_LIMIT
+from backends.virtio.queue import Chain, RingAddresses, VirtQueue
+from vbus.errors import BusyError, InvalidError, ProtocolError
+
+
+class MalformedError(ProtocolError):
+    """A chain has no room for what every request has; the device needs a reset."""
+
+
+@dataclass(frozen=True)
+class QueueSetup:
+    """What the driver set; see RingAddresses."""
+
+    size: int
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+
+    @property
+    def addresses(self) -> RingAddresses:
+        """Where the ring lies."""
+        return RingAddresses(self.desc, self.driver, self.device)
+
+
+class LiveRing:
+    """A ring in use, until the queue or the device is reset."""
+
+    def __init__(self, core: VirtQueue) -> None:
+        self._core = core
+        self._kicked = trio.Event()
+        self._alive = True
+        core.disable_kicks()
+
+    @property
+    def alive(self) -> bool:
+        """May the driver's memory still be used?"""
+        return self._alive
+
+    def close(self) -> None:
+        """The ring is not ours any more."""
+        self._alive = False
+
+    def kick(self) -> None:
+        """The driver has put something in."""
+        self._kicked.set()
+
+    def pop(self, limit: int) -> Sequence[Chain]:
+        """Take requests, as many as there are. Raises VirtQueueError."""
+        return self._core.pop_batch(limit) if self._alive else ()
+
+    def push(self, done: Sequence[tuple[Chain, int]]) -> None:
+        """Give requests back with the number of bytes written into each."""
+        if self._alive and done:
+            self._core.push_batch(done)
+
+    def should_notify(self) -> bool:
+        """Does the driver want an interrupt for what was pushed?"""
+        return self._alive and self._core.should_notify()
+
+    async def wait(self) -> None:
+        """Wait until there may be a request; a checkpoint."""
+        self._kicked = trio.Event()
+        if self._core.enable_kicks():
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._kicked.wait()
+        if self._alive:
+            self._core.disable_kicks()
+
+
+class DeviceQueue:
+    """The registers of one queue; `ring` is there from enable to reset."""
+
+    def __init__(self, index: int, max_size: int) -> None:
+        self.index = index
+        self.max_size = max_size
+        self.setup = QueueSetup(max_size)
+        self.enabled = False
+        """The driver said so; it is served only from DRIVER_OK on."""
+        self.ring: LiveRing | None = None
+        self.serving = Flag()
+        self.scope = trio.CancelScope()
+
+    def set_up(
+        self,
+        *,
+        size: int | None = None,
+        desc: int | None = None,
+        driver: int | None = None,
+        device: int | None = None,
+        packed: bool = False,
+    ) -> None:
+        """Change what is given. Raises BusyError when enabled, InvalidError."""
+        if self.enabled:
+            raise BusyError(f"queue {self.index} is enabled")
+        if size is not None:
+            power = size & (size - 1) == 0
+            if not 0 < size <= min(self.max_size, QUEUE_SIZE_LIMIT) or not (
+                power or packed
+            ):
+                raise InvalidError(f"queue {self.index} cannot have {size} entries")
+            self.setup = replace(self.setup, size=size)
+        parts = {"desc": desc, "driver": driver, "device": device}
+        given = {name: value for name, value in parts.items() if value is not None}
+        self.setup = replace(self.setup, **given)
+
+    def close(self) -> None:
+        """Stop serving it and let go of the ring; the set-up stays."""
+        if self.ring is not None:
+            self.ring.close()
+            self.ring = None
+        self.serving.set(False)
+        self.scope.cancel()
+
+    def reset(self) -> None:
+        """Back to what it was before the driver touched it."""
+        self.close()
+        self.enabled = False
+        self.setup = QueueSetup(self.max_size)
+
+    def start(self, core: VirtQueue) -> None:
+        """Serve it."""
+        self.ring = LiveRing(core)
+        self.serving.set(True)

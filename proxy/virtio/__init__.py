@@ -1,0 +1,1 @@
+"""Virtio devices from the guest's side, driven in user space."""
