@@ -8,7 +8,8 @@ Platform-independent: it knows the function by `PciFunction` only.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, Protocol
@@ -198,11 +199,16 @@ class BridgeDriver:
 
     # Devices
 
-    def observe(self, observer: Observer) -> None:
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
         """Tell `observer` of every device: those that are here, then what changes."""
         self._observers.append(observer)
-        for device in tuple(self.devices.values()):
-            observer.added(device)
+        try:
+            for device in tuple(self.devices.values()):
+                observer.added(device)
+            yield
+        finally:
+            self._observers.remove(observer)
 
     async def device(self, key: int | str) -> DeviceProxy:
         """Wait until a device is here: by name or, as a number, by id.
@@ -319,7 +325,7 @@ class BridgeDriver:
             if arrival is not None:
                 arrival.device = device
                 arrival.event.set()
-        for observer in self._observers:
+        for observer in tuple(self._observers):
             observer.added(device)
 
     def _drop(self, event: Event) -> None:
@@ -332,7 +338,7 @@ class BridgeDriver:
     def _remove(self, device: DeviceProxy, error: VbusError) -> None:
         del self.devices[device.id]
         device.lose(error)
-        for observer in self._observers:
+        for observer in tuple(self._observers):
             observer.dropped(device)
 
     def _signal(self, event: Event) -> None:

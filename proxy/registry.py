@@ -109,8 +109,8 @@ class DriverHost:
     async def run(self) -> None:
         """Run drivers until cancelled; then every device is closed before it ends."""
         async with trio.open_nursery() as self._nursery:
-            self._bridge.observe(self)
-            await trio.sleep_forever()
+            with self._bridge.observed(self):
+                await trio.sleep_forever()
 
     @property
     def drivers(self) -> dict[str, Driver]:

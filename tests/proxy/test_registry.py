@@ -72,6 +72,22 @@ async def test_a_driver_lives_as_long_as_its_device(host: Host) -> None:
     assert log.of("e1") == [State.STARTING, State.RUNNING, State.GONE]
 
 
+async def test_a_device_that_comes_when_the_drivers_have_ended_is_left_alone(
+    host: Host,
+) -> None:
+    """R8: the bridge goes on telling, as long as it is attached."""
+    log = Log()
+    async with attach(await host.add_guest()) as bridge:
+        drivers = DriverHost(bridge, {"org.vbus.echo": EchoDriver}, report=log)
+        async with beside(drivers.run):
+            host.add("e1")
+            await log.until("e1", State.RUNNING)
+        host.add("e2")
+        host.drop("e1")
+        assert (await bridge.device("e2")).type == "org.vbus.echo"
+    assert log.of("e2") == []
+
+
 async def test_a_type_without_a_driver_just_stays(host: Host) -> None:
     host.model.classes["other"] = Other
     host.add("o1", "other")
