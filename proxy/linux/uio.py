@@ -16,14 +16,10 @@ holds the line until a BAR is accessed: one raised by the bridge cost a guest 69
 So INTx stays disabled.
 """
 
-import errno
-import fcntl
 import mmap
 import os
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,15 +27,14 @@ import trio
 
 from proxy.errors import again
 from proxy.linux.devices import PciDevice, load_module
+from proxy.linux.local import LocalFunction, claimed
 from proxy.linux.physical import PhysicalMemory
-from proxy.pci import Abort, Interrupts, PciFunction
+from proxy.pci import Interrupts
 from proxy.tasks import beside
 from vbus.errors import (
-    BusyError,
     InvalidError,
     NoDeviceError,
     PermissionDeniedError,
-    VbusError,
 )
 from vbus.pci.constants import Command, Irq, Offset
 
@@ -51,19 +46,7 @@ POLL_MIN_S, POLL_MAX_S = 0.001, 0.016
 An event waits half of that on average. An idle guest wakes 62 times a second for it,
 each time for eight loads from its own memory; the host has no work with it at all.
 """
-ALIVE_PERIOD_S = 1.0
-_TURN_NS = 50_000
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-
-
-@dataclass(frozen=True)
-class UioStatistics:
-    """Accesses, each of which the host answers while we wait."""
-
-    config_reads: int
-    config_writes: int
-    bar_reads: int
-    bar_writes: int
 
 
 class PolledInterrupts(Interrupts):
@@ -98,7 +81,7 @@ class PolledInterrupts(Interrupts):
         return [0]
 
 
-class UioFunction(PciFunction):
+class UioFunction(LocalFunction):
     """The function at `device`, bound to uio_pci_generic. A context manager."""
 
     def __init__(self, device: PciDevice) -> None:
@@ -106,18 +89,13 @@ class UioFunction(PciFunction):
 
         Files first, then memory: a killed process closes them in this order.
         """
-        self.error: VbusError | None = None
-        self.device = device
+        super().__init__(device)
         self._fds: list[int] = []
         self._ports: dict[int, int] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._views: dict[tuple[int, int], memoryview] = {}
-        self._interrupts: Interrupts | None = None
-        self._turn_ends = 0
-        self._counts = [0, 0, 0, 0]
         try:
             self._config = self._open(device.path / "config")
-            _lock(self._config, device)
             self._open(_uio_file(device))
             self._disable_intx()
             self._open_bars()
@@ -157,20 +135,6 @@ class UioFunction(PciFunction):
 
     # Life
 
-    async def run(self) -> None:
-        """Look every second whether the function is still there, until it is not."""
-        while self.error is None:
-            await trio.sleep(ALIVE_PERIOD_S)
-            with suppress(VbusError):
-                self._check_alive()
-
-    def lose(self, error: VbusError) -> None:
-        """The function is gone: every access gets `error`."""
-        if self.error is None:
-            self.error = error
-            if self._interrupts is not None:
-                self._interrupts.fail(error)
-
     def close(self) -> None:
         """End bus mastering and let go of everything. Idempotent."""
         if not self._fds:
@@ -192,51 +156,24 @@ class UioFunction(PciFunction):
 
     # PciFunction
 
-    async def config_read(self, offset: int, size: int) -> bytes:
-        await self._turn()
-        self._counts[0] += 1
+    def _config_get(self, offset: int, size: int) -> bytes:
         return self._read(self._config, offset, size)
 
-    async def config_write(self, offset: int, data: bytes) -> None:
-        await self._turn()
-        self._counts[1] += 1
+    def _config_put(self, offset: int, data: bytes) -> None:
         self._write(self._config, offset, data)
 
-    async def bar_read(self, bar: int, offset: int, size: int) -> bytes:
-        await self._turn()
-        self._counts[2] += 1
+    def _bar_get(self, bar: int, offset: int, size: int) -> bytes:
         if bar in self._ports:
-            data = self._read(self._ports[bar], offset, size)
-        else:
-            view, index = self._view(bar, offset, size)
-            data = view[index].to_bytes(size, "little")
-        if data == b"\xff" * size:
-            self._check_alive()
-        return data
+            return self._read(self._ports[bar], offset, size)
+        view, index = self._view(bar, offset, size)
+        return view[index].to_bytes(size, "little")
 
-    async def bar_write(
-        self, bar: int, offset: int, data: bytes, abort: Abort | None = None
-    ) -> None:
-        await self._turn()
-        self.post_write(bar, offset, data)
-
-    def post_write(self, bar: int, offset: int, data: bytes) -> None:
-        self._check_open()
-        self._counts[3] += 1
+    def _bar_put(self, bar: int, offset: int, data: bytes) -> None:
         if bar in self._ports:
             self._write(self._ports[bar], offset, data)
         else:
             view, index = self._view(bar, offset, len(data))
             view[index] = int.from_bytes(data, "little")
-
-    def ring_doorbell(self, bar: int, offset: int, value: int) -> None:
-        self.post_write(bar, offset, value.to_bytes(4, "little"))
-
-    def add_doorbell(self, bar: int, offset: int, value: int) -> None:
-        """There is no shorter way than the access itself."""
-
-    def remove_doorbell(self, bar: int, offset: int, value: int) -> None:
-        """Nothing was kept."""
 
     def interrupt_vectors(self, kind: Irq) -> int:
         return 1 if kind == Irq.INTX else 0
@@ -258,30 +195,6 @@ class UioFunction(PciFunction):
                 f"{self.device.address} cannot be reset: {error.strerror}"
             ) from None
 
-    def statistics(self) -> UioStatistics:
-        """A snapshot of the counters."""
-        return UioStatistics(*self._counts)
-
-    # Accesses
-
-    async def _turn(self) -> None:
-        """Let a cancellation in, and other tasks at least every 50 microseconds."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if time.perf_counter_ns() >= self._turn_ends:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            self._turn_ends = time.perf_counter_ns() + _TURN_NS
-
-    def _check_open(self) -> None:
-        if self.error is not None:
-            raise again(self.error)
-
-    def _check_alive(self) -> None:
-        """A function that is gone reads as all ones. Raises NoDeviceError."""
-        vendor = self._read(self._config, Offset.VENDOR_ID, 2)
-        if vendor == b"\xff\xff":
-            self.lose(NoDeviceError(f"{self.device.address} does not answer any more"))
-            self._check_open()
-
     def _view(self, bar: int, offset: int, size: int) -> tuple[memoryview, int]:
         """Give the view and the index by which one access of this size is made."""
         self._check_open()
@@ -289,29 +202,6 @@ class UioFunction(PciFunction):
         if view is None or offset % size or not 0 <= offset // size < len(view):
             raise InvalidError(f"BAR {bar} has no {size} bytes at {offset:#x}")
         return view, offset // size
-
-    def _read(self, fd: int, offset: int, size: int) -> bytes:
-        self._check_open()
-        try:
-            data = os.pread(fd, size, offset)
-        except OSError as error:
-            raise self._refused(error) from None
-        if len(data) != size:
-            raise InvalidError(f"{self.device.address} has no {size} bytes at {offset}")
-        return data
-
-    def _write(self, fd: int, offset: int, data: bytes) -> None:
-        self._check_open()
-        try:
-            os.pwrite(fd, data, offset)
-        except OSError as error:
-            raise self._refused(error) from None
-
-    def _refused(self, error: OSError) -> VbusError:
-        if error.errno == errno.ENODEV:
-            self.lose(NoDeviceError(f"{self.device.address} is gone"))
-            return again(self.error or NoDeviceError())
-        return InvalidError(f"{self.device.address}: {error.strerror}")
 
 
 def _open(path: Path) -> int:
@@ -323,13 +213,6 @@ def _open(path: Path) -> int:
         ) from None
     except OSError as error:
         raise NoDeviceError(f"{path}: {error.strerror}") from None
-
-
-def _lock(fd: int, device: PciDevice) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BusyError(f"{device.address} is in use by another process") from None
 
 
 def _uio_file(device: PciDevice) -> Path:
@@ -345,13 +228,14 @@ async def opened(device: PciDevice, memory_size: int) -> AsyncIterator[UioFuncti
 
     Raises what `PciDevice.bind`, `UioFunction` and `PhysicalMemory` raise.
     """
-    device.bind(DRIVER, DRIVER, load_module)
-    with (
-        closing(UioFunction(device)) as function,
-        PhysicalMemory(memory_size) as function.memory,
-    ):
-        try:
-            async with beside(function.run):
-                yield function
-        finally:
-            function.close()  # before its memory goes
+    with claimed(device):
+        device.bind(DRIVER, DRIVER, load_module)
+        with (
+            closing(UioFunction(device)) as function,
+            PhysicalMemory(memory_size) as function.memory,
+        ):
+            try:
+                async with beside(function.run):
+                    yield function
+            finally:
+                function.close()  # before its memory goes

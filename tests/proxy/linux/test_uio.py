@@ -15,7 +15,7 @@ from proxy.linux import uio
 from proxy.linux.uio import POLL_MAX_S, POLL_MIN_S, PolledInterrupts, UioFunction
 from tests.proxy.host import open_fds
 from tests.proxy.linux.sysfs import add_function, bridge
-from vbus.errors import BusyError, InvalidError, NoDeviceError
+from vbus.errors import InvalidError, NoDeviceError
 from vbus.pci.constants import Command, Irq, Offset
 
 
@@ -79,11 +79,6 @@ async def test_intx_is_disabled_while_open_and_bus_mastering_ends(
         await function.config_read(0, 2)
     with pytest.raises(NoDeviceError):
         function.post_write(0, 0, bytes(4))
-
-
-def test_a_function_has_one_user(function: UioFunction) -> None:
-    with pytest.raises(BusyError, match="in use by another process"):
-        UioFunction(function.device)
 
 
 async def test_a_function_that_reads_as_all_ones_is_gone(
