@@ -10,6 +10,8 @@ from typing import Any
 
 import trio
 
+from tests.netns import isolated
+from tests.system.served import Served
 from tests.vm.conftest import Boot, Daemon
 from vbus.vm.channel import GuestProcess
 from vbus.vm.machine import VirtualMachine
@@ -20,12 +22,6 @@ name = "bus0"
 [[device]]
 name = "lan0"
 class = "switch"
-[[device]]
-name = "uplink0"
-class = "switch-tap"
-switch = "lan0"
-ifname = "vbvm0"
-address = "10.87.3.1/24"
 [[device]]
 name = "lan0-vm1"
 class = "venet"
@@ -43,6 +39,14 @@ name = "vm2"
 bus = "bus0"
 """
 HOST, GUEST = "10.87.3.1", "10.87.3.2"
+UPLINK = f"""
+[[device]]
+name = "uplink0"
+class = "switch-tap"
+switch = "lan0"
+ifname = "vbvm0"
+address = "{HOST}/24"
+"""
 PORT = 5201
 MB = 1 << 20
 WITHIN_S = 30
@@ -111,11 +115,17 @@ async def receive(listener: trio.SocketListener) -> tuple[int, str]:
     return size, state.hexdigest()
 
 
+@isolated
 async def test_without_options_the_interface_is_there_and_moves_bulk_data(
     daemon: Daemon, boot: Boot
 ) -> None:
     """R1, R50, R61: no IOMMU, nothing prepared: modules, pages and TAP are its own."""
-    served = daemon(CONFIG)
+    # The isolated child ends its own daemon: the fixture ends nothing there.
+    with daemon(CONFIG + UPLINK) as served:
+        await interface_and_bulk_data(served, boot)
+
+
+async def interface_and_bulk_data(served: Served, boot: Boot) -> None:
     async with boot(served.socket("vm1"), iommu=None) as vm:
         began = trio.current_time()
         async with running(vm, "--address", f"lan0-vm1={GUEST}/24") as process:

@@ -179,7 +179,12 @@ async def test_bulk_tcp_is_whole_between_machines_processes_and_the_host(
     daemon: Daemon, boot: Boot
 ) -> None:
     """R15, R50, R61: every pair pings and moves 256 MB, in frames of up to 64 KiB."""
-    served = daemon(CONFIG)
+    # The isolated child ends its own daemon: the fixture ends nothing there.
+    with daemon(CONFIG) as served:
+        await every_pair(served, boot)
+
+
+async def every_pair(served: Served, boot: Boot) -> None:
     async with (
         boot(served.socket("vm1")) as vm1,
         boot(served.socket("vm2"), iommu=None) as vm2,
