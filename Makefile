@@ -17,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 EDITABLE = CPPFLAGS="$$(cat $(VENV)/base)" PYTHONWARNINGS=ignore \
     $(PIP) install --no-build-isolation --editable
 
-.PHONY: help build demo demo-json test check lint types layers format bench docs clean
+.PHONY: help build demo demo-json demo-vm test check lint types layers format bench docs clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,6 +30,9 @@ demo: $(VENV)/cores ## Two guests and the host on one bus: traffic, hot plug, a 
 
 demo-json: $(VENV)/cores ## The same as one JSON object
 	@$(BIN)/vbus demo --json $(ARGS)
+
+demo-vm: $(VENV)/cores ## Two virtual machines, a process and the host on one bus
+	@$(BIN)/vbus demo --vm $(ARGS)
 
 test: $(VENV)/cores $(VENV)/dev ## Run the tests; ARGS="-k name" picks some
 	@$(BIN)/pytest $(ARGS)
