@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.system.served import Served
 from tests.vm.conftest import Boot, Daemon
+from vbus import abi
 from vbus.control.client import ControlClient
 from vbus.vm.machine import VirtualMachine
 
@@ -30,18 +31,48 @@ def counted(daemon: Served) -> dict[str, Any]:
     return found
 
 
+IDENTITY = f"{abi.VENDOR_ID:04x}:{abi.DEVICE_ID:04x}"
+# The whole of what `lspci -vv` shows before a driver comes (ABI 1, docs/abi.md): each
+# BAR with its kind and size, two capabilities, and no third one.
+SHOWN = [
+    rf"Bridge \[0680\]: .* \[{IDENTITY}\] \(rev 02\)",
+    r"Subsystem: .* \[1af4:1100\]",
+    r"Control: I/O. Mem. BusMaster- .* DisINTx-",
+    r"Status: Cap\+ .* INTx-",
+    r"Interrupt: pin A routed to IRQ \d+",
+    r"Region 0: Memory at \w+ \(32-bit, non-prefetchable\)( \[disabled\])? \[size=64\]",
+    r"Region 1: I/O ports at \w+( \[disabled\])? \[size=32\]",
+    r"Region 2: Memory at \w+ \(32-bit, non-prefetchable\)( \[disabled\])? \[size=4K\]",
+    r"Capabilities: \[40\] MSI: Enable- Count=1/1 Maskable- 64bit-",
+    r"Address: 00000000  Data: 0000",
+    r"Capabilities: \[50\] MSI-X: Enable- Count=8 Masked-",
+    r"Vector table: BAR=2 offset=00000000",
+    r"PBA: BAR=2 offset=00000800",
+]
+MAY_BE = r"(IOMMU group|Latency|Kernel driver|Kernel modules|DeviceName|Physical Slot)"
+
+
 async def check_function(vm: VirtualMachine) -> str:
-    """See the ABI page's function, and give what lspci says of it."""
-    rows = (await vm.run("lspci", "-n", "-d", "11da:")).stdout.splitlines()
-    assert len(rows) == 1
-    assert re.search(r"0680: 11da:2000 \(rev 02\)", rows[0])
-    text = (await vm.run("lspci", "-vv", "-d", "11da:2000")).stdout
-    assert re.search(r"Region 0: Memory at \w+ \(32-bit, non-prefetchable\)", text)
-    assert re.search(r"Region 1: I/O ports at \w+ .*\[size=32\]", text)
-    assert "Capabilities: [40] MSI: Enable- Count=1/1 Maskable- 64bit-" in text
-    assert "MSI-X: Enable- Count=" in text
-    assert "Interrupt: pin A" in text
+    """See the ABI page's function alone, and give what lspci says of it."""
+    rows = (await vm.run("lspci", "-n")).stdout.splitlines()
+    ours = [row for row in rows if f" {abi.VENDOR_ID:04x}:" in row]
+    assert len(ours) == 1, rows
+    # One function, and no bridge or slot that was made for more.
+    assert ours[0].split()[0].endswith(".0")
+    assert "multifunction" not in (await header(vm, ours[0].split()[0]))
+    text = (await vm.run("lspci", "-vvnn", "-d", IDENTITY)).stdout
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line for line in lines if not re.match(MAY_BE, line)]
+    assert len(found) == len(SHOWN), text
+    for line, pattern in zip(found, SHOWN, strict=True):
+        assert re.search(f"{pattern}$", line), (line, pattern)
     return text
+
+
+async def header(vm: VirtualMachine, address: str) -> str:
+    """Give "single" or "multifunction", by the header type register."""
+    kind = (await vm.run("setpci", "-s", address, "HEADER_TYPE")).stdout.strip()
+    return "multifunction" if int(kind, 16) & 0x80 else "single"
 
 
 async def test_the_function_is_the_same_for_0_10_and_1000_devices(
