@@ -18,6 +18,8 @@ from proxy.bridge import BridgeDriver
 from proxy.guest import attach
 from tests.system.served import Served
 from tests.vm.conftest import Boot, Daemon
+from vbus.vm.arguments import Iommu
+from vbus.vm.channel import GuestProcess
 from vbus.vm.machine import VirtualMachine
 
 CONFIG = """
@@ -170,17 +172,45 @@ async def bystander(socket: Path) -> AsyncIterator[Bystander]:
         nursery.cancel_scope.cancel()
 
 
-async def take_hold(vm: VirtualMachine, daemon: Served) -> None:
+async def hold_by_hand(vm: VirtualMachine, daemon: Served) -> None:
     assert await vm.python(open_echo) == {"result": 0}
     assert await connections(daemon) == ["echo0"]
 
 
+HOLD = """
+import trio
+from proxy.guest import attach
+async def main():
+    async with attach(memory_mib=4) as bridge:
+        await bridge.open("echo0")
+        await trio.sleep_forever()
+trio.run(main)
+"""
+
+
+class Vfio:
+    """Holds by a process with the function behind the IOMMU, killed for the next."""
+
+    def __init__(self) -> None:
+        self._process: GuestProcess | None = None
+
+    async def take_hold(self, vm: VirtualMachine, daemon: Served) -> None:
+        if self._process is not None and await connections(daemon):
+            self._process.signal(signal.SIGKILL)
+            assert await self._process.wait() == -signal.SIGKILL
+            assert await connections(daemon) == []
+        self._process = await vm.start("python3", "-c", HOLD)
+        await until(lambda: connections(daemon), ["echo0"])
+
+
+@pytest.mark.parametrize("iommu", [None, "intel"])
 async def test_every_end_of_a_life_frees_what_it_held(
-    daemon: Daemon, boot: Boot
+    daemon: Daemon, boot: Boot, iommu: Iommu | None
 ) -> None:
     """R50, R61: stopped, hung, reset, rebooted, killed, replaced at once."""
     served = daemon(CONFIG)
-    options = {"iommu": None, "words": HUGE_PAGES}
+    options = {"iommu": iommu, "words": HUGE_PAGES}
+    take_hold = hold_by_hand if iommu is None else Vfio().take_hold
     async with bystander(served.socket("process")) as other:
         before = await held(served)
         async with boot(served.socket("vm1"), **options) as vm:
@@ -231,7 +261,7 @@ async def test_calls_that_point_outside_the_memory_fail_alone(
         for at in (1 << 40, 0xFEC0_0000, (1 << 64) - 8, 768 << 20):
             assert await vm.python(open_echo, at) == {"result": -EFAULT}
             await other.goes_on()
-        await take_hold(vm, served)
+        await hold_by_hand(vm, served)
 
 
 async def test_memory_that_is_not_shared_is_refused_by_name(
