@@ -212,4 +212,7 @@ async def test_what_the_guest_unmaps_is_never_touched_again(
         assert "Traceback" not in told
         assert (await shown(served))["connections"] == []
         await until(lambda: held(served), before)
-        print(await asked(served, "stats", "guests/vm1"))
+        counted = await asked(served, "stats", "guests/vm1")
+        print(counted)
+        assert counted["memory"]["faults"] > 21
+        assert counted["memory"]["mapped_bytes"] == 0
