@@ -25,9 +25,11 @@ class Served:
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
+        # Ends with the test's process too, where that forgets or cannot end it.
+        guard = ["setpriv", "--pdeathsig", "TERM", sys.executable]
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "vbus", "serve", "--config", self._path],
+                [*guard, "-m", "vbus", "serve", "--config", self._path],
                 env=self.environment,
                 stderr=log,
             )

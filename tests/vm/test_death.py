@@ -224,7 +224,12 @@ async def test_a_death_in_the_middle_of_a_transfer_hurts_nobody_else(
     daemon: Daemon, boot: Boot, iommu: Iommu | None
 ) -> None:
     """R50, R61: hung and back, reset by a register, rebooted, killed."""
-    served = daemon(CONFIG)
+    # The isolated child ends its own daemon: the fixture ends nothing there.
+    with daemon(CONFIG) as served:
+        await deaths(served, boot, iommu)
+
+
+async def deaths(served: Served, boot: Boot, iommu: Iommu | None) -> None:
     async with others_at_work(served) as others, trio.open_nursery() as nursery:
         bulk = Bulk()
         await bulk.serve(nursery)
