@@ -86,7 +86,8 @@ def show(result: dict[str, Any], *, as_json: bool) -> None:
         ],
     )
     print(
-        "vbus: counted at the function that guest g1 is attached to. virtio-pci: by"
+        f"vbus: counted at the function that guest {_names(result)[0]} is attached to."
+        " virtio-pci: by"
         f" model, {VIRTIO_BARS} BARs and {VIRTIO_VECTORS} vectors each."
     )
 
@@ -95,7 +96,24 @@ def _numbers(footprint: dict[str, int]) -> tuple[int, int, int]:
     return footprint["functions"], footprint["bars"], footprint["vectors"]
 
 
+def _names(result: dict[str, Any]) -> tuple[str, str]:
+    """Who was plugged to, and who was killed."""
+    return ("vm1", "vm2") if "guests" in result else ("g1", "g2")
+
+
+def _guests(result: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """How each guest came up, of a demo with virtual machines."""
+    for name, guest in result.get("guests", {}).items():
+        kind = "process"
+        if guest["boot_s"] is not None:
+            kind = f"machine under {result['accelerator']}, {guest['function']}"
+            yield "boot", name, f"{guest['boot_s']:.1f} s"
+        yield "guest run", name, f"running after {guest['running_s']:.1f} s: {kind}"
+
+
 def _rows(result: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+    yield from _guests(result)
+    plugged, killed = _names(result)
     for pair, trip in result["ping_rtt_us"].items():
         yield "round trip", pair, f"{trip:.0f} us"
     for pair, rate in (result["tcp_gbit_s"] or {}).items():
@@ -103,9 +121,16 @@ def _rows(result: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
     if "generated_gbit_s" in result:
         yield "generated frames", "g1, g2", f"{result['generated_gbit_s']:.2f} Gbit/s"
     plug = result["hot_plug_ms"]
-    yield "hot add", "g1", f"running after {plug['add_to_running']:.0f} ms"
-    yield "hot drop", "g1", f"gone after {plug['remove_to_gone']:.0f} ms"
-    yield "kill -9, new guest", "g2", f"answers after {result['reattach_ms']:.0f} ms"
+    yield "hot add", plugged, f"running after {plug['add_to_running']:.0f} ms"
+    yield "hot drop", plugged, f"gone after {plug['remove_to_gone']:.0f} ms"
+    if "killed" in result:
+        held, freed = result["killed"]["held_before"], result["killed"]["freed_ms"]
+        mapped = f"{held['mapped_bytes'] >> 20} MiB in {held['regions']} regions"
+        yield "kill -9 of its QEMU", killed, f"{mapped} freed after {freed:.0f} ms"
+    for pair, sums in result.get("checksums", {}).items():
+        whole = f"{sums['bytes'] >> 20} MiB, CRC-32 {sums['crc32']} at both ends"
+        yield "TCP arrived whole", pair, whole
+    yield "kill -9, new guest", killed, f"answers after {result['reattach_ms']:.0f} ms"
     yield "frames", "all guests", str(result["frames"])
     yield "bus events", "", str(result["events"])
     yield "interrupts", "", str(result["interrupts"])

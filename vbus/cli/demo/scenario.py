@@ -1,20 +1,14 @@
-"""What happens in the demo, in order; run inside of its namespaces by `vbus demo`."""
+"""What happens in the demo, in order; `run` plays it."""
 
-import argparse
-import os
 import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
-from subprocess import CalledProcessError
+from collections.abc import Iterable
 from typing import Any
 
 import trio
 
 from vbus.cli.demo import report
 from vbus.cli.demo.stage import DemoError, Guest, Place, Stage
-from vbus.errors import VbusError
 
 PINGS = 200
 HOST = "10.90.0.1"
@@ -42,15 +36,17 @@ bus = "{0}"
 """
 
 
-def config(*, uplink: bool) -> str:
+def config(guests: Iterable[str], *, uplink: bool) -> str:
     """Write the daemon's configuration: a switch, a bus and a port for each guest."""
     parts = ['[[device]]\nname = "lan0"\nclass = "switch"\n']
     parts += [_UPLINK] if uplink else []
-    return "".join([*parts, *map(_GUEST.format, ADDRESSES)])
+    return "".join([*parts, *map(_GUEST.format, guests)])
 
 
 class Scenario:
     """One run of the demo; fills `result` as it goes."""
+
+    addresses = ADDRESSES
 
     def __init__(self, stage: Stage, seconds: float, *, frames: bool) -> None:
         self.stage = stage
@@ -62,8 +58,8 @@ class Scenario:
 
     async def run(self) -> None:
         """Everything. Raises DemoError, VbusError."""
-        await self.stage.serve(config(uplink=not self.frames))
-        for name in ADDRESSES:
+        await self.stage.serve(config(self.addresses, uplink=not self.frames))
+        for name in self.addresses:
             await self.start(name)
         if self.frames:
             await self.generated()
@@ -75,7 +71,7 @@ class Scenario:
             self.counted.append(await guest.ask_statistics())
         shown = (await self.stage.ask("guest.show", name="g1"))[0]
         self.result |= report.counters(self.counted)
-        self.result["pci"] = report.footprint(shown["pci"], devices=2)
+        self.result["pci"] = report.footprint(shown["pci"], devices=len(self.guests))
 
     async def start(self, name: str) -> None:
         """Start a guest and wait until its interface works."""
@@ -83,7 +79,7 @@ class Scenario:
         if not self.frames:
             options = [
                 "--address",
-                f"net-{name}={ADDRESSES[name]}/24",
+                f"net-{name}={self.addresses[name]}/24",
                 "--address",
                 f"{HOT}={HOT_ADDRESS}/24",
             ]
@@ -115,7 +111,7 @@ class Scenario:
         result["g1-host"] = await self.transfer(first, host, HOST)
         result["host-g1"] = await self.transfer(host, first, ADDRESSES["g1"])
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.plug)
+            nursery.start_soon(self.plug, "g1")
             result["g1-g2"] = await self.transfer(first, second, ADDRESSES["g2"])
             result["g2-g1"] = await self.transfer(second, first, ADDRESSES["g1"])
 
@@ -125,15 +121,15 @@ class Scenario:
         size, took = (await output.read_line()).split()
         return int(size) * 8 / float(took) / 1e9
 
-    async def plug(self) -> None:
-        """Hot-add a device to the first guest and drop it again."""
-        guest = self.guests["g1"]
+    async def plug(self, name: str) -> None:
+        """Hot-add a device to a guest and drop it again."""
+        guest = self.guests[name]
         start = time.perf_counter()
         await self.stage.ask(
             "device.add",
             name=HOT,
             class_name="venet",
-            buses=["g1"],
+            buses=[name],
             attributes={"switch": "lan0"},
         )
         await guest.device(HOT, "running")
@@ -158,61 +154,10 @@ class Scenario:
 
     async def generated(self) -> None:
         """Let the guests exchange generated frames, a device comes and goes."""
-        await self.plug()
+        await self.plug("g1")
         before = [await guest.ask_statistics() for guest in self.guests.values()]
         start = time.perf_counter()
         await trio.sleep(2 * self.seconds)
         after = [await guest.ask_statistics() for guest in self.guests.values()]
         took = time.perf_counter() - start
         self.result |= report.generated(before, after, took)
-
-
-async def _play(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    async with trio.open_nursery() as nursery:
-        stage = Stage(nursery, folder, networks=not arguments.frames)
-        scenario = Scenario(stage, arguments.seconds, frames=arguments.frames)
-        try:
-            await scenario.run()
-        except BaseException:
-            arguments.log = stage.log.read_text() if stage.log.exists() else ""
-            raise
-        nursery.cancel_scope.cancel()
-    return scenario.result
-
-
-def main() -> int:
-    """Run, print, and give the exit status."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--frames", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    arguments.log = ""
-    status = 0
-    with tempfile.TemporaryDirectory(prefix="vbus-demo-") as folder:
-        os.environ["VBUS_RUNTIME_DIR"] = folder
-        try:
-            result = trio.run(_play, arguments, Path(folder))
-        except* (DemoError, VbusError, OSError, CalledProcessError) as group:
-            status = _explain(group, arguments.log)
-        except* KeyboardInterrupt:
-            status = 130
-    if status == 0:
-        report.show(result, as_json=arguments.json)
-    return status
-
-
-def _explain(group: BaseExceptionGroup[Exception], log: str) -> int:
-    """Say what failed, after the last lines that the processes said."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    for line in log.splitlines()[-10:]:
-        print(line, file=sys.stderr)
-    said = getattr(error, "stderr", None) or b""
-    print(f"vbus: demo: {error} {said.decode()}".rstrip(), file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -60,9 +60,9 @@ class Place(ABC):
     async def start_traffic(self, *words: str) -> Output:
         """Start the helper and let it run."""
 
-    async def sink(self, port: str) -> Output:
+    async def sink(self, port: str, word: str = "sink") -> Output:
         """Start a sink and wait until it listens; its output comes later."""
-        output = await self.start_traffic("sink", port)
+        output = await self.start_traffic(word, port)
         if await output.read_line() != "ready":
             raise DemoError("the sink does not listen")
         return output
@@ -96,6 +96,8 @@ class Guest(Place):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.function = ""
+        """How it says that it reaches the bridge."""
         self.states: dict[str, str] = {}
         self.statistics: dict[str, Any] = {}
         self._news = trio.Condition()
@@ -119,6 +121,8 @@ class Guest(Place):
             self.states[said["name"]] = said["state"]
         elif said["event"] == "statistics":
             self.statistics = said
+        elif said["event"] == "function":
+            self.function = said["detail"]
 
     async def until(self, what: str, condition: Callable[[], object]) -> None:
         """Wait for something that it prints. Raises DemoError."""

@@ -5,6 +5,8 @@ python -m vbus.cli.demo.traffic WORD ...
 ping ADDRESS COUNT          prints microseconds, a line for each answer
 sink PORT                   prints "ready", and at the end bytes and seconds
 source ADDRESS PORT SECONDS
+receive PORT                prints "ready", at the end bytes, seconds and CRC-32
+send ADDRESS PORT MIB       prints "sending", and at the end bytes and CRC-32
 """
 
 import os
@@ -12,11 +14,13 @@ import socket
 import struct
 import sys
 import time
+import zlib
 
 _ECHO_REQUEST, _ECHO_REPLY = 8, 0
 _HEADER = struct.Struct("!BBHHH")
 _REPLY_WITHIN_S = 0.5
 _CONNECT_WITHIN_S = 5
+_STALLED_AFTER_S = 30
 _CHUNK = 1 << 20
 
 
@@ -80,6 +84,34 @@ def source(address: str, port: int, seconds: float) -> None:
             sock.sendall(data)
 
 
+def receive(port: int) -> None:
+    """As `sink`, and tell what it was."""
+    buffer = memoryview(bytearray(_CHUNK))
+    with socket.create_server(("", port)) as server:
+        print("ready", flush=True)
+        connection, _ = server.accept()
+        with connection:
+            start, total, crc = time.perf_counter(), 0, 0
+            while size := connection.recv_into(buffer):
+                total += size
+                crc = zlib.crc32(buffer[:size], crc)
+            print(total, time.perf_counter() - start, f"{crc:08x}", flush=True)
+
+
+def send(address: str, port: int, mib: int) -> None:
+    """Send what no two MiB of are alike, and tell what it was."""
+    block, crc = os.urandom(_CHUNK), 0
+    with socket.create_connection((address, port), _CONNECT_WITHIN_S) as sock:
+        sock.settimeout(_STALLED_AFTER_S)
+        for number in range(mib):
+            part = number.to_bytes(8, "little") + block[8:]
+            crc = zlib.crc32(part, crc)
+            sock.sendall(part)
+            if number == 0:
+                print("sending", flush=True)
+    print(mib * _CHUNK, f"{crc:08x}", flush=True)
+
+
 def main(words: list[str]) -> None:
     """Do what the first word says."""
     match words:
@@ -89,6 +121,10 @@ def main(words: list[str]) -> None:
             sink(int(port))
         case ["source", address, port, seconds]:
             source(address, int(port), float(seconds))
+        case ["receive", port]:
+            receive(int(port))
+        case ["send", address, port, mib]:
+            send(address, int(port), int(mib))
         case _:
             sys.exit(__doc__)
 
