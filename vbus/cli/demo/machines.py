@@ -20,6 +20,7 @@ PINGS = 50
 MIB = 64
 PORT = "7007"
 FREED_WITHIN_S = 5
+ADDRESSES = {"vm1": "10.90.0.11", "vm2": "10.90.0.12", "p3": "10.90.0.13"}
 # The one is driven by VFIO behind its IOMMU, the other has none and is driven by uio.
 MACHINES: dict[str, Iommu | None] = {"vm1": "intel", "vm2": None}
 
@@ -27,10 +28,9 @@ MACHINES: dict[str, Iommu | None] = {"vm1": "intel", "vm2": None}
 class MachineScenario(Scenario):
     """One run with virtual machines."""
 
-    addresses = {"vm1": "10.90.0.11", "vm2": "10.90.0.12", "p3": "10.90.0.13"}
-
     def __init__(self, stage: MachineStage) -> None:
         super().__init__(stage, 0, frames=False)
+        self.addresses = ADDRESSES
         self.result = {"accelerator": stage.accelerator, "guests": {}}
 
     async def run(self) -> None:
@@ -117,7 +117,8 @@ class MachineScenario(Scenario):
             await self.guests[name].kill()
             began = time.perf_counter()
             with trio.move_on_after(FREED_WITHIN_S):
-                while any((await self._held(name)).values()):
+                # The daemon is asked: it has no event for the last thing freed.
+                while any((await self._held(name)).values()):  # noqa: ASYNC110
                     await trio.sleep(0.01)
             after = await self._held(name)
             self.result["killed"] = {

@@ -46,10 +46,9 @@ def config(guests: Iterable[str], *, uplink: bool) -> str:
 class Scenario:
     """One run of the demo; fills `result` as it goes."""
 
-    addresses = ADDRESSES
-
     def __init__(self, stage: Stage, seconds: float, *, frames: bool) -> None:
         self.stage = stage
+        self.addresses = ADDRESSES
         self.seconds = seconds
         self.frames = frames
         self.guests: dict[str, Guest] = {}
