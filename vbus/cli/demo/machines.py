@@ -19,6 +19,8 @@ from vbus.vm.arguments import Iommu
 PINGS = 50
 MIB = 64
 PORT = "7007"
+# Under way for longer than a QEMU takes to die.
+KILL_MIB = 256
 FREED_WITHIN_S = 5
 ADDRESSES = {"vm1": "10.90.0.11", "vm2": "10.90.0.12", "p3": "10.90.0.13"}
 # The one is driven by VFIO behind its IOMMU, the other has none and is driven by uio.
@@ -28,10 +30,12 @@ MACHINES: dict[str, Iommu | None] = {"vm1": "intel", "vm2": None}
 class MachineScenario(Scenario):
     """One run with virtual machines."""
 
+    addresses = ADDRESSES
+
     def __init__(self, stage: MachineStage) -> None:
         super().__init__(stage, 0, frames=False)
-        self.addresses = ADDRESSES
-        self.result = {"accelerator": stage.accelerator, "guests": {}}
+        guests: dict[str, Any] = {name: {} for name in self.addresses}
+        self.result = {"accelerator": stage.accelerator, "guests": guests}
 
     async def run(self) -> None:
         """Everything. Raises DemoError, VbusError."""
@@ -49,12 +53,12 @@ class MachineScenario(Scenario):
         self.result["pci"] = report.footprint(shown["pci"], devices=len(self.guests))
 
     async def start(self, name: str) -> None:
-        """Start a guest, and note how it came up."""
+        """Start a guest, and note how it came up the first time."""
         began = time.perf_counter()
         await super().start(name)
         guest = self.guests[name]
         is_machine = isinstance(guest, MachineGuest)
-        self.result["guests"][name] = {
+        self.result["guests"][name] = self.result["guests"][name] or {
             "kind": "machine" if is_machine else "process",
             "boot_s": guest.boot_seconds if isinstance(guest, MachineGuest) else None,
             "running_s": time.perf_counter() - began,
@@ -86,55 +90,64 @@ class MachineScenario(Scenario):
         source: str,
         sink: str,
         meanwhile: Callable[[], Awaitable[object]] | None = None,
-    ) -> None:
-        """Move MIB by TCP, and compare what was sent with what came."""
+        mib: int = MIB,
+        note: str = "",
+    ) -> float:
+        """Move `mib` by TCP, and compare what was sent with what came.
+
+        Gives when all was sent. Raises DemoError.
+        """
         address = self.addresses.get(sink, HOST)
         taken = await self._place(sink).sink(PORT, "receive")
-        given = await self._place(source).start_traffic("send", address, PORT, str(MIB))
-        said = await given.read_line()
-        if said != "sending":
+        given = await self._place(source).start_traffic("send", address, PORT, str(mib))
+        if await given.read_line() != "sending":
             raise DemoError(f"{source} does not send to {sink}")
-        if meanwhile is not None:
-            await meanwhile()
-        sent = (await given.read_line()).split()
+        async with trio.open_nursery() as nursery:
+            if meanwhile is not None:
+                nursery.start_soon(meanwhile)
+            sent = (await given.read_line()).split()
+            ended = time.perf_counter()
         size, took, *crc = (await taken.read_line()).split() or ("0", "1")
         if sent != [size, *crc]:
             raise DemoError(f"{source} sent {sent}, but {sink} got {[size, *crc]}")
-        pair = f"{source}-{sink}"
-        while pair in self.result["checksums"]:
-            pair += ", during the kill"
+        pair = f"{source}-{sink}{note}"
         self.result["checksums"][pair] = {"bytes": int(size), "crc32": crc[0]}
         self.result["tcp_gbit_s"][pair] = int(size) * 8 / float(took) / 1e9
+        return ended
 
     def _place(self, name: str) -> Place:
         return self.stage.host if name == "host" else self.guests[name]
 
     async def kill_and_attach(self, name: str) -> None:
         """SIGKILL a QEMU under the others' traffic; a new one takes its place."""
-        before = await self._held(name)
-
-        async def kill() -> None:
-            await self.guests[name].kill()
-            began = time.perf_counter()
-            with trio.move_on_after(FREED_WITHIN_S):
-                # The daemon is asked: it has no event for the last thing freed.
-                while any((await self._held(name)).values()):  # noqa: ASYNC110
-                    await trio.sleep(0.01)
-            after = await self._held(name)
-            self.result["killed"] = {
-                "held_before": before,
-                "held_after": after,
-                "freed_ms": (time.perf_counter() - began) * 1e3,
-            }
-            if any(after.values()):
-                raise DemoError(f"{name} is gone, but the daemon holds {after}")
-
         self.counted.append(await self.guests[name].ask_statistics())
-        await self.move("vm1", "p3", kill)
+        ended = await self.move(
+            "vm1", "p3", lambda: self._kill(name), KILL_MIB, " under the kill"
+        )
+        killed = self.result["killed"]
+        killed["traffic_went_on_ms"] = (ended - killed.pop("at")) * 1e3
         began = time.perf_counter()
         await self.start(name)
         await self.ping(self.guests[name], HOST, 1)
         self.result["reattach_ms"] = (time.perf_counter() - began) * 1e3
+
+    async def _kill(self, name: str) -> None:
+        """SIGKILL, and wait until the daemon has nothing of the guest any more."""
+        before = await self._held(name)
+        await self.guests[name].kill()
+        killed_at = time.perf_counter()
+        after = await self._held(name)
+        while any(after.values()):
+            if time.perf_counter() > killed_at + FREED_WITHIN_S:
+                raise DemoError(f"{name} is gone, but the daemon holds {after}")
+            await trio.sleep(0.01)
+            after = await self._held(name)
+        self.result["killed"] = {
+            "at": killed_at,
+            "held_before": before,
+            "held_after": after,
+            "freed_ms": (time.perf_counter() - killed_at) * 1e3,
+        }
 
     async def _held(self, name: str) -> dict[str, Any]:
         """What the daemon has of a guest now."""
