@@ -128,3 +128,17 @@ def refused(*prefix: str, **environment: str) -> list[str]:
 def test_a_qemu_that_is_none_is_refused_in_one_line() -> None:
     (line,) = refused(VBUS_QEMU="/bin/true")
     assert line == "vbus: VBUS_QEMU=/bin/true is no QEMU with vfio-user-pci (>= 10.1)"
+
+
+def test_without_a_network_it_says_what_is_missing_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """What it asks for is told, and then in one line why it is not to be had."""
+    told = refused(
+        *namespaces.enter(),
+        XDG_CACHE_HOME=str(tmp_path),
+        VBUS_QEMU="",
+    )
+    assert told[-1].startswith("vbus: demo --vm: Debian packages cannot be had")
+    assert "run this where there is a network" in told[-1]
+    assert not any(path.is_dir() for path in (tmp_path / "vbus").iterdir())

@@ -15,6 +15,7 @@ from vbus.vm.arguments import Iommu
 from vbus.vm.base import SITE
 from vbus.vm.cache import Say
 from vbus.vm.channel import GuestProcess
+from vbus.vm.debian import UnavailableError
 from vbus.vm.errors import GuestGoneError
 from vbus.vm.machine import VirtualMachine, boot
 
@@ -27,8 +28,13 @@ def prepare(say: Say) -> None:
 
     Raises UnavailableError, InvalidError, OSError.
     """
-    found = qemu.fetch(say)
-    accelerator.choose(found, image.cached(say))
+    try:
+        found = qemu.fetch(say)
+        made = image.cached(say)
+    except UnavailableError as error:
+        hint = "QEMU and the guest are fetched once: run this where there is a network"
+        raise UnavailableError(f"demo --vm: {error}; {hint}") from error
+    accelerator.choose(found, made)
 
 
 class MachineGuest(Guest):
