@@ -30,10 +30,9 @@ MACHINES: dict[str, Iommu | None] = {"vm1": "intel", "vm2": None}
 class MachineScenario(Scenario):
     """One run with virtual machines."""
 
-    addresses = ADDRESSES
-
     def __init__(self, stage: MachineStage) -> None:
         super().__init__(stage, 0, frames=False)
+        self.addresses = ADDRESSES
         guests: dict[str, Any] = {name: {} for name in self.addresses}
         self.result = {"accelerator": stage.accelerator, "guests": guests}
 
