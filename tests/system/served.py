@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-WITHIN_S = 20
+WITHIN_S = 60
 
 
 class Served:

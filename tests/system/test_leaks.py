@@ -49,7 +49,7 @@ async def use(socket: Path) -> None:
         async with trio.open_nursery() as nursery:
             host = DriverHost(bridge, report=note)
             nursery.start_soon(host.run)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await running.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 

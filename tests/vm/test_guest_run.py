@@ -49,7 +49,7 @@ address = "{HOST}/24"
 """
 PORT = 5201
 MB = 1 << 20
-WITHIN_S = 30
+WITHIN_S = 60
 
 
 @asynccontextmanager

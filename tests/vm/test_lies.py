@@ -78,7 +78,7 @@ class Neighbours:
         """Wait for a hundred more calls, and frames at both ends; then look."""
         before = self.received()
         await self.calls.goes_on()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while min(map(int.__sub__, self.received(), before)) < 100:  # noqa: ASYNC110
                 await trio.sleep(0.005)
         assert [one.view.read() for one in self._canaries] == [CANARY, CANARY]

@@ -128,7 +128,7 @@ async def held(daemon: Served) -> tuple[int, int, int]:
     return daemon.fds, daemon.mappings, tasks
 
 
-async def until(check: Callable[[], Any], wanted: object, within_s: float = 20) -> None:
+async def until(check: Callable[[], Any], wanted: object, within_s: float = 60) -> None:
     found = None
     with trio.move_on_after(within_s):
         while (found := await check()) != wanted:  # noqa: ASYNC110
@@ -150,14 +150,14 @@ class Bystander:
     async def run(self, handle: Any) -> None:
         while True:
             data = os.urandom(64)
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 assert await handle.call(0, data) == (0, data)
             self.calls += 1
 
     async def goes_on(self) -> None:
         """Wait for a hundred more calls."""
         wanted = self.calls + 100
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while self.calls < wanted:  # noqa: ASYNC110
                 await trio.sleep(0.005)
 

@@ -44,7 +44,7 @@ SHARED = (
     *("registry.py", "tasks.py", "drivers/echo.py", "drivers/frames.py"),
     "drivers/venet.py",
 )
-WITHIN_S = 25
+WITHIN_S = 60
 
 
 class Reader:

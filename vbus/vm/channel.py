@@ -10,7 +10,8 @@ import base64
 import json
 import math
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -34,23 +35,27 @@ class GuestProcess:
         """What it has written to stderr so far."""
         self.result = b""
         self._send, self._receive = trio.open_memory_channel[bytes](math.inf)
-        self._lines = self._split()
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
         self._changed = trio.Event()
         self._failure: Exception | None = None
 
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self._lines
+    def __aiter__(self) -> "GuestProcess":
+        return self
 
-    async def _split(self) -> AsyncIterator[str]:
-        rest = b""
-        async for data in self._receive:
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                yield line.decode(errors="replace")
-        if rest:
-            yield rest.decode(errors="replace")
-        if self._failure is not None:
-            raise self._failure
+    async def __anext__(self) -> str:
+        while not self._lines:
+            try:
+                data = await self._receive.receive()
+            except trio.EndOfChannel:
+                if self._failure is not None and not self._rest:
+                    raise self._failure from None
+                if not self._rest:
+                    raise StopAsyncIteration from None
+                data = b"\n"
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            self._lines.extend(lines)
+        return self._lines.popleft().decode(errors="replace")
 
     async def output(self) -> bytes:
         """Give the stdout that has not been taken as lines, until its end."""
