@@ -96,7 +96,7 @@ def test_an_interrupt_amid_the_boot_ends_all_of_it(
     )
     try:
         end = time.monotonic() + WITHIN_S
-        while not any(path.stat().st_size for path in tmp_path.glob("*/vm*/console")):
+        while not any(path.stat().st_size for path in tmp_path.glob("*/vm*/qemu")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end
             time.sleep(0.01)
