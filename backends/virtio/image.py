@@ -20,8 +20,8 @@ from vbus.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from vbus.virtio.blk import SECTOR
 
-SECTOR: Final = 512
 _BLKGETSIZE64: Final = 0x80081272
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _ZEROES: Final = bytes(1 << 20)
