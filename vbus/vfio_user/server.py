@@ -84,6 +84,7 @@ class VfioUserServer:
         unlink = unlinker(self.path)
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.function.run)
                 task_status.started()
                 while True:
                     await self._accept(listener, nursery)
