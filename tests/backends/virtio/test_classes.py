@@ -65,7 +65,7 @@ def test_sizes_have_units(text: object, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["511", "-512", "1X", "", "0.5G"])
 def test_sizes_that_are_no_whole_sectors_are_refused(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="sectors|literal"):
         parse_size(text)
 
 
@@ -167,7 +167,8 @@ async def test_a_consoles_places_are_checked_and_found(
     device = model.add_device("c", "console", {"to": places, "ports": "a,b,c"})
     assert isinstance(device, VirtioConsoleDevice)
     assert sock.is_socket()
-    assert Path(device.statistics().places[0].removeprefix("pty:")).is_char_device()
+    terminal = device.statistics().places[0]
+    assert terminal.startswith("pty:/dev/pts/")
     assert [port.name for port in device.model.ports] == ["a", "b", "c"]
     model.remove_device("c")
     assert not sock.exists()
