@@ -12,6 +12,7 @@ import trio
 
 from backends.virtio.constants import Ring, Status
 from backends.virtio.device import VirtioDevice
+from backends.virtio.pci import function
 from shm import AddressSpace
 from vbus.device import Connection, Device, SharedMemory, call
 from vbus.errors import (
@@ -20,6 +21,7 @@ from vbus.errors import (
     FaultError,
     InvalidError,
 )
+from vbus.pci.function import PciFunction
 from vbus.virtio import adapter as abi
 
 VENDOR = 0x11DA
@@ -194,6 +196,9 @@ class VirtioOnBus(Device):
 
     def released(self) -> None:
         """The model has ended: close what it used."""
+
+    def pci_function(self, layout: str) -> PciFunction:
+        return function(self.model, layout)
 
     # The connection
 

@@ -108,6 +108,10 @@ class PciFunction(ABC):
         """Give at most `limit` shortcuts for writes to `region`, newest first."""
         return []
 
+    def statistics(self) -> object:
+        """Give a frozen dataclass of counters, or a dict."""
+        return {}
+
     def line_asserted(self) -> bool:
         """Does INTx stand? Then it is raised anew when the client unmasks it."""
         return False

@@ -92,6 +92,11 @@ class VfioUserServer:
             listener.close()
             unlink()
 
+    @property
+    def attached(self) -> bool:
+        """Is a client there?"""
+        return self._session is not None
+
     def statistics(self) -> ServerStatistics:
         """Take a snapshot of the counters."""
         session = self._session
