@@ -1,17 +1,15 @@
 """virtio-blk from the driver's side: an async block device (virtio 1.2, 5.2)."""
 
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias
 
 import trio
 
-from proxy.memory import DmaBuffer
 from proxy.virtio.device import VirtioDevice
-from proxy.virtio.queue import RequestQueue
+from proxy.virtio.queue import RequestQueue, Slot, SlotPool
 from vbus.errors import InvalidError, PermissionDeniedError, ProtocolError, VbusError
 from vbus.virtio.blk import (
     HEADER,
@@ -66,32 +64,6 @@ class DiskStatistics:
     errors: int
 
 
-class _Slot:
-    """Memory of one request: header, status byte, data.
-
-    Free once both its user and the device have let go of it: a request that was
-    cancelled is still under way.
-    """
-
-    def __init__(self, buffer: DmaBuffer, free: Callable[["_Slot"], object]) -> None:
-        self.buffer = buffer
-        self.header = (buffer.addr, HEADER.size)
-        self.status = (buffer.addr + _STATUS_AT, 1)
-        self._free = free
-        self._holders = 0
-
-    def data(self, size: int) -> tuple[int, int]:
-        return self.buffer.addr + _HEAD, size
-
-    def take(self) -> None:
-        self._holders += 1
-
-    def leave(self) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self._free(self)
-
-
 _Work: TypeAlias = Callable[[int, int], Awaitable[None]]
 """Of one piece: offset and size."""
 
@@ -104,8 +76,7 @@ class Disk:
         self.size = 0
         self.read_only = False
         self._queues: list[RequestQueue] = []
-        self._slots: list[_Slot] = []
-        self._free = trio.Semaphore(_SLOTS, max_value=_SLOTS)
+        self._pool: SlotPool | None = None
         self._next = 0
         self._range_limit = {Request.DISCARD: 0, Request.WRITE_ZEROES: 0}
         self._counts = dict.fromkeys(DiskStatistics.__dataclass_fields__, 0)
@@ -129,9 +100,7 @@ class Disk:
         for index in range(min(count, device.identity.queues)):
             queue = await device.open_queue(index, _QUEUE_SIZE, entries=3)
             self._queues.append(RequestQueue(queue))
-        for _ in range(_SLOTS):
-            memory = device.transport.allocate(_HEAD + _CHUNK)
-            self._slots.append(_Slot(memory, self._give_back))
+        self._pool = SlotPool(device.transport, _SLOTS, _HEAD + _CHUNK)
         await device.ready()
 
     async def run(self) -> None:
@@ -159,9 +128,9 @@ class Disk:
         parts: dict[int, bytes] = {}
 
         async def one(at: int, length: int) -> None:
-            async with self._slot() as slot:
-                await self._ask(slot, Request.IN, at, writable=[slot.data(length)])
-                parts[at] = slot.buffer.view.read(_HEAD, length)
+            async with self._memory.slot() as slot:
+                await self._ask(slot, Request.IN, at, writable=[slot.at(_HEAD, length)])
+                parts[at] = slot.view.read(_HEAD, length)
 
         await self._chunks(one, offset, size)
         self._count("read", size)
@@ -178,10 +147,12 @@ class Disk:
         self._check(offset, len(rest), write=True)
 
         async def one(at: int, length: int) -> None:
-            async with self._slot() as slot:
+            async with self._memory.slot() as slot:
                 part = rest[at - offset : at - offset + length]
-                slot.buffer.view.write(_HEAD, part)
-                await self._ask(slot, Request.OUT, at, readable=[slot.data(length)])
+                slot.view.write(_HEAD, part)
+                await self._ask(
+                    slot, Request.OUT, at, readable=[slot.at(_HEAD, length)]
+                )
 
         await self._chunks(one, offset, len(rest))
         self._count("written", len(rest))
@@ -189,7 +160,7 @@ class Disk:
     async def flush(self) -> None:
         """Make durable what was written before. Raises DiskError."""
         if self.device.has(Feature.FLUSH):
-            async with self._slot() as slot:
+            async with self._memory.slot() as slot:
                 await self._ask(slot, Request.FLUSH, 0)
         self._counts["flushes"] += 1
 
@@ -212,9 +183,9 @@ class Disk:
 
     async def serial(self) -> str:
         """Ask for the serial number."""
-        async with self._slot() as slot:
-            await self._ask(slot, Request.GET_ID, 0, writable=[slot.data(ID_SIZE)])
-            raw = slot.buffer.view.read(_HEAD, ID_SIZE)
+        async with self._memory.slot() as slot:
+            await self._ask(slot, Request.GET_ID, 0, writable=[slot.at(_HEAD, ID_SIZE)])
+            raw = slot.view.read(_HEAD, ID_SIZE)
         return raw.split(b"\0", 1)[0].decode(errors="replace")
 
     # Inside
@@ -228,6 +199,12 @@ class Disk:
             raise InvalidError(
                 f"{size} bytes at {offset} are not on a disk of {self.size}"
             )
+
+    @property
+    def _memory(self) -> SlotPool:
+        if self._pool is None:
+            raise InvalidError(f"{self.device.name} is not started")
+        return self._pool
 
     async def _chunks(self, one: _Work, offset: int, size: int) -> None:
         if size <= _CHUNK:
@@ -248,29 +225,15 @@ class Disk:
         limit = self._range_limit[kind]
         for at in range(offset, offset + size, limit):
             length = min(limit, offset + size - at)
-            async with self._slot() as slot:
+            async with self._memory.slot() as slot:
                 what = RANGE.pack(at // SECTOR, length // SECTOR, flags)
-                slot.buffer.view.write(_HEAD, what)
-                await self._ask(slot, kind, 0, readable=[slot.data(RANGE.size)])
+                slot.view.write(_HEAD, what)
+                await self._ask(slot, kind, 0, readable=[slot.at(_HEAD, RANGE.size)])
         self._counts["discards"] += kind == Request.DISCARD
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[_Slot]:
-        await self._free.acquire()
-        slot = self._slots.pop()
-        slot.take()
-        try:
-            yield slot
-        finally:
-            slot.leave()
-
-    def _give_back(self, slot: _Slot) -> None:
-        self._slots.append(slot)
-        self._free.release()
 
     async def _ask(
         self,
-        slot: _Slot,
+        slot: Slot,
         kind: Request,
         offset: int,
         *,
@@ -278,12 +241,12 @@ class Disk:
         writable: Sequence[tuple[int, int]] = (),
     ) -> None:
         head = HEADER.pack(kind, 0, offset // SECTOR) + bytes([_NO_STATUS])
-        slot.buffer.view.write(0, head)
+        slot.view.write(0, head)
         queue = self._queues[self._next % len(self._queues)]
         self._next += 1
-        slot.take()
-        await queue.ask([slot.header, *readable], [*writable, slot.status], slot.leave)
-        status = slot.buffer.view.read(_STATUS_AT, 1)[0]
+        header, status_byte = slot.at(0, HEADER.size), slot.at(_STATUS_AT, 1)
+        await queue.ask(slot, [header, *readable], [*writable, status_byte])
+        status = slot.view.read(_STATUS_AT, 1)[0]
         if status != Answer.OK:
             self._counts["errors"] += 1
             if status == _NO_STATUS:

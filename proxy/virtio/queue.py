@@ -1,12 +1,14 @@
 """Waiting on virtqueues: for used chains, or for the answer to one request."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import trio
 
 from proxy.errors import again
+from proxy.memory import DmaBuffer
 from proxy.virtio.ring import (
     DriverQueue,
     DriverQueueStatistics,
@@ -93,11 +95,62 @@ class Virtqueue:
         return self.core.statistics()
 
 
+class Slot:
+    """A piece of memory for one request at a time.
+
+    Free once both its user and the device have let go of it: a request that was
+    cancelled is still under way.
+    """
+
+    def __init__(self, buffer: DmaBuffer, free: Callable[["Slot"], object]) -> None:
+        self.buffer = buffer
+        self.view = buffer.view
+        self._free = free
+        self._holders = 0
+
+    def at(self, offset: int, size: int) -> tuple[int, int]:
+        """Give a part of it as a buffer."""
+        return self.buffer.addr + offset, size
+
+    def take(self) -> None:
+        self._holders += 1
+
+    def leave(self) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._free(self)
+
+
+class SlotPool:
+    """Slots of equal size."""
+
+    def __init__(self, transport: Transport, count: int, size: int) -> None:
+        self._slots = [
+            Slot(transport.allocate(size), self._give_back) for _ in range(count)
+        ]
+        self._free = trio.Semaphore(count, max_value=count)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Slot]:
+        """Wait for a free slot and use it in the body."""
+        await self._free.acquire()
+        slot = self._slots.pop()
+        slot.take()
+        try:
+            yield slot
+        finally:
+            slot.leave()
+
+    def _give_back(self, slot: Slot) -> None:
+        self._slots.append(slot)
+        self._free.release()
+
+
 @dataclass(eq=False)
 class _Request:
-    """A chain on its way; `done` runs when the device let go of its buffers."""
+    """A chain on its way, whose buffers lie in a slot."""
 
-    done: Callable[[], object]
+    slot: Slot
     written: int | None = None
     event: trio.Event = field(default_factory=trio.Event)
 
@@ -130,7 +183,7 @@ class RequestQueue:
         for request, written in self.queue.collect():
             self._waiting.discard(request)
             request.written = written
-            request.done()
+            request.slot.leave()
             request.event.set()
             self._room.set()
 
@@ -139,28 +192,23 @@ class RequestQueue:
             self._ended = NoDeviceError("the device is not driven any more")
         self._room.set()
         for request in self._waiting:
+            request.slot.leave()  # whoever gets it next is told of the end, too
             request.event.set()
 
-    async def ask(
-        self, readable: Buffers, writable: Buffers, done: Callable[[], object]
-    ) -> int:
+    async def ask(self, slot: Slot, readable: Buffers, writable: Buffers) -> int:
         """Send a request, wait for its answer: the bytes that were written.
 
-        `done` is called when the buffers are ours again, which is later than the return
-        if that is a cancellation. Raises the error that ended `run`.
+        Raises the error that ended `run`.
         """
-        request = _Request(done)
-        try:
-            while self._ended is None:
-                if self.queue.add([(readable, writable, request)]):
-                    break
-                self._room = trio.Event()
-                await self._room.wait()
-            else:
-                raise again(self._ended)
-        except BaseException:
-            done()
-            raise
+        request = _Request(slot)
+        while self._ended is None:
+            if self.queue.add([(readable, writable, request)]):
+                break
+            self._room = trio.Event()
+            await self._room.wait()
+        else:
+            raise again(self._ended)
+        slot.take()
         self._waiting.add(request)
         self.queue.kick()
         await request.event.wait()
