@@ -28,6 +28,7 @@ MODERN_BASE: Final = 0x1040
 NO_VECTOR: Final = 0xFFFF
 _PAGE: Final = 4096
 _TRIES: Final = 100
+_RESET_S: Final = 1.0
 
 COMMON, NOTIFY, ISR, DEVICE, PCI_ACCESS = range(1, 6)
 _CAPABILITY: Final = struct.Struct("<BBBHII")
@@ -227,7 +228,7 @@ class ModernTransport(PciTransport):
         """Read the capabilities. Raises InvalidError: not a modern virtio device."""
         places: dict[int, Place] = {}
         multiplier = 0
-        async for at in capabilities(function, Capability.VENDOR):
+        for at in await capabilities(function, Capability.VENDOR):
             raw = await function.config_read(at + _HEAD, _CAPABILITY.size)
             kind, bar, _, _, offset, length = _CAPABILITY.unpack(raw)
             if kind in places:
@@ -249,10 +250,12 @@ class ModernTransport(PciTransport):
         await self.put(self.places[COMMON], *register, value)
 
     async def identify(self) -> Identity:
-        found = await self.function.config_read_u16(Offset.DEVICE_ID)
+        kind = await self.function.config_read_u16(Offset.DEVICE_ID) - MODERN_BASE
+        if kind < 0:  # transitional (4.1.2.1)
+            kind = await self.function.config_read_u16(Offset.SUBSYSTEM_ID)
         queues = await self.common(QUEUES)
         config = self.places.get(DEVICE, Place(0, 0, 0))
-        return Identity(found - MODERN_BASE, queues, config.length)
+        return Identity(kind, queues, config.length)
 
     async def offered(self) -> int:
         word = 0
@@ -320,15 +323,16 @@ class ModernTransport(PciTransport):
         )
 
 
-async def capabilities(function: PciFunction, wanted: int) -> AsyncIterator[int]:
-    """Iterate over the capabilities of one kind. Raises ProtocolError: no end."""
+async def capabilities(function: PciFunction, wanted: int) -> list[int]:
+    """Find the capabilities of one kind. Raises ProtocolError: they do not end."""
+    found = []
     at = (await function.config_read(Offset.CAPABILITIES, 1))[0] & ~3
     for _ in range(CONFIG_SIZE // 4):
         if not at:
-            return
+            return found
         ident, following = await function.config_read(at, 2)
         if ident == wanted:
-            yield at
+            found.append(at)
         at = following & ~3
     raise ProtocolError("the capabilities of the function do not end")
 
@@ -342,8 +346,7 @@ async def opened(transport: PciTransport) -> AsyncIterator[PciTransport]:
             try:
                 yield transport
             finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                    with suppress(VbusError):  # it is gone
-                        await transport.set_status(0)
+                with trio.move_on_after(_RESET_S, shield=True), suppress(VbusError):
+                    await transport.set_status(0)
     finally:
         transport.close()
