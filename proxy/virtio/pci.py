@@ -325,7 +325,7 @@ class ModernTransport(PciTransport):
 
 async def capabilities(function: PciFunction, wanted: int) -> list[int]:
     """Find the capabilities of one kind. Raises ProtocolError: they do not end."""
-    found = []
+    found: list[int] = []
     at = (await function.config_read(Offset.CAPABILITIES, 1))[0] & ~3
     for _ in range(CONFIG_SIZE // 4):
         if not at:

@@ -5,7 +5,7 @@ They share the frame of `proxy.virtio.pci` and none of the tables they are to te
 
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,10 @@ class LineDriver(LegacyDriver):
         return interrupts
 
     async def run(self, interrupts: Interrupts) -> None:
+        with closing(interrupts):
+            await self._serve(interrupts)
+
+    async def _serve(self, interrupts: Interrupts) -> None:
         while True:
             await interrupts.wait()
             isr = await self.get(PORTS, 19, 1)
