@@ -65,7 +65,7 @@ def test_sizes_have_units(text: object, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["511", "-512", "1X", "", "0.5G"])
 def test_sizes_that_are_no_whole_sectors_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="sectors|literal"):
+    with pytest.raises(ValueError, match=r"sectors|literal"):
         parse_size(text)
 
 
