@@ -1,4 +1,4 @@
-"""The device type "virtio": a model behind the bridge (R13, docs/virtio-adapter.md).
+"""The device type "virtio": a model behind the bridge (R13, ABI section 9.3).
 
 What a driver does by registers elsewhere it does here by calls, and its virtqueues lie
 in memory it shares: DEVSHM of id *i* brings the memory of queue *i* and its signal. To

@@ -1,4 +1,4 @@
-"""A virtio device behind the bridge: docs/virtio-adapter.md from the guest's side."""
+"""A virtio device behind the bridge: ABI section 9.3 from the guest's side."""
 
 from proxy.device import DeviceProxy, SharedMemory, Wake
 from proxy.memory import DmaBuffer

@@ -1,4 +1,4 @@
-"""The ABI of the device type "virtio" on the bus: docs/virtio-adapter.md in numbers."""
+"""The ABI of the device type "virtio" on the bus: docs/abi.md 9.3 in numbers."""
 
 import struct
 from enum import IntEnum
