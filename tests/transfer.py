@@ -78,26 +78,25 @@ async def process_guest(
 
     `interface`: DEVICE=ADDRESS/PREFIX.
     """
-    words = ("guest", "run", str(served.socket(name)), "--json")
+    words = ("vbus", "guest", "run", str(served.socket(name)), "--json")
+    async with in_network(*words, "--address", interface) as prefix:
+        yield prefix
+
+
+@asynccontextmanager
+async def in_network(*words: str) -> AsyncIterator[tuple[str, ...]]:
+    """Run a module of Python in a network of its own until it says "running"."""
     process = await trio.lowlevel.open_process(
-        [
-            "unshare",
-            "--net",
-            sys.executable,
-            "-m",
-            "vbus",
-            *words,
-            "--address",
-            interface,
-        ],
-        stdout=subprocess.PIPE,
+        ["unshare", "--net", sys.executable, "-m", *words], stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None
         said = b""
         with trio.fail_after(30):
-            while b'"running"' not in said:
-                said += await process.stdout.receive_some()
+            while b"running" not in said:
+                more = await process.stdout.receive_some()
+                assert more, said
+                said += more
         yield ("nsenter", "--target", str(process.pid), "--net")
     finally:
         process.terminate()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tests.netns import isolated
 from tests.system.served import Served
-from tests.transfer import here, process_guest, transfer
+from tests.transfer import here, in_network, process_guest, transfer
 
 HOST, CARD, OTHER, VENET = "10.9.0.1", "10.9.0.2", "10.9.0.3", "10.9.0.4"
+FUNCTION = "10.9.0.5"
 CONFIG = f"""
 [[device]]
 name = "lan0"
@@ -33,6 +34,13 @@ bus = "{name}"
 """
     for name, kind in (("card", "virtio-net"), ("other", "virtio-net"), ("ve", "venet"))
 )
+FUNCTION_CONFIG = """
+[[device]]
+name = "fn0"
+class = "virtio-net"
+switch = "lan0"
+expose = "pci"
+"""
 SIZE = 64 << 20
 
 
@@ -57,3 +65,20 @@ async def test_tcp_is_whole_between_cards_venets_and_the_host(tmp_path: Path) ->
             sent = counted["io"]["tx_bytes"] / counted["io"]["tx_frames"]
             assert sent > 20_000  # segmentation is left to the last one
             assert counted["bus"]["kicks"] <= counted["io"]["tx_frames"]
+
+
+@isolated
+async def test_tcp_is_whole_between_a_bridge_and_a_function(tmp_path: Path) -> None:
+    """R62: one card behind a guest's bridge, one that is a function, on one switch."""
+    with Served(tmp_path, CONFIG + FUNCTION_CONFIG) as served:
+        socket = str(served.runtime / "functions" / "fn0.sock")
+        words = ("tests.system.function_guest", socket, f"fn0={FUNCTION}/24")
+        async with (
+            process_guest(served, "card", f"card={CARD}/24") as card,
+            in_network(*words) as function,
+        ):
+            at_card, at_function = (
+                partial(here, prefix=prefix) for prefix in (card, function)
+            )
+            await transfer(at_card, at_function, FUNCTION, "bridge to function", SIZE)
+            await transfer(at_function, at_card, CARD, "function to bridge", SIZE)
