@@ -8,6 +8,7 @@ from typing import Final, TypeAlias
 
 import trio
 
+from proxy.tasks import unwrapped
 from proxy.virtio.device import VirtioDevice
 from proxy.virtio.queue import RequestQueue, Slot, SlotPool
 from vbus.errors import InvalidError, PermissionDeniedError, ProtocolError, VbusError
@@ -108,10 +109,11 @@ class Disk:
 
         Raises ProtocolError once the device is broken, or the error when it goes.
         """
-        async with trio.open_nursery() as nursery:
-            for queue in self._queues:
-                nursery.start_soon(queue.run)
-            nursery.start_soon(self.device.watch, partial(self._resized, nursery))
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                for queue in self._queues:
+                    nursery.start_soon(queue.run)
+                nursery.start_soon(self.device.watch, partial(self._resized, nursery))
 
     def _resized(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._read_size)
@@ -210,15 +212,10 @@ class Disk:
         if size <= _CHUNK:
             await one(offset, size)
             return
-        try:
+        with unwrapped():
             async with trio.open_nursery() as nursery:
                 for at in range(offset, offset + size, _CHUNK):
                     nursery.start_soon(one, at, min(_CHUNK, offset + size - at))
-        except BaseExceptionGroup as group:
-            errors = group.subgroup(VbusError)
-            if errors is None:
-                raise
-            raise _first(errors) from None
 
     async def _ranges(self, kind: Request, offset: int, size: int, flags: int) -> None:
         self._check(offset, size, write=True)
@@ -265,9 +262,3 @@ class Disk:
         return DiskStatistics(
             **(self._counts | {"size": self.size, "queues": len(self._queues)})
         )
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

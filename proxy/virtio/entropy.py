@@ -5,6 +5,7 @@ from typing import Final
 
 import trio
 
+from proxy.tasks import unwrapped
 from proxy.virtio.device import VirtioDevice
 from proxy.virtio.queue import RequestQueue, SlotPool
 from vbus.errors import InvalidError, ProtocolError
@@ -39,9 +40,10 @@ class Entropy:
     async def run(self) -> None:
         """Take answers, until cancelled or the device breaks or goes."""
         assert self._queue is not None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._queue.run)
-            nursery.start_soon(self.device.watch)
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._queue.run)
+                nursery.start_soon(self.device.watch)
 
     async def read(self, size: int) -> bytes:
         """Ask for random bytes. Raises InvalidError before `start`."""

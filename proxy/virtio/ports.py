@@ -6,6 +6,7 @@ from typing import Final
 
 import trio
 
+from proxy.tasks import unwrapped
 from proxy.virtio.device import VirtioDevice
 from proxy.virtio.queue import RequestQueue, Slot, SlotPool, Virtqueue
 from vbus.errors import InvalidError
@@ -18,6 +19,7 @@ _QUEUE_SIZE: Final = 16
 _SLOT: Final = 4096
 _MAX_PORTS: Final = 64
 _TEXT: Final = 256
+_NO_PORT: Final = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,15 @@ class Console:
 
     async def run(self) -> None:
         """Talk to the device until cancelled, or it breaks or goes."""
-        async with trio.open_nursery() as nursery:
-            for port in self.ports:
-                nursery.start_soon(port.run)
-            nursery.start_soon(self._watch, nursery)
-            if self._control_in is not None and self._control_out is not None:
-                nursery.start_soon(self._control_out.run)
-                nursery.start_soon(self._listen, self._control_in)
-                await self._tell(0xFFFF_FFFF, Event.DEVICE_READY, 1)
+        with unwrapped():
+            async with trio.open_nursery() as nursery:
+                for port in self.ports:
+                    nursery.start_soon(port.run)
+                nursery.start_soon(self._watch, nursery)
+                if self._control_in is not None and self._control_out is not None:
+                    nursery.start_soon(self._control_out.run)
+                    nursery.start_soon(self._listen, self._control_in)
+                    await self._tell(_NO_PORT, Event.DEVICE_READY, 1)
 
     async def _watch(self, nursery: trio.Nursery) -> None:
         await self.device.watch(lambda: nursery.start_soon(self._changed))
