@@ -1,7 +1,7 @@
 """A guest that speaks the calls of type "virtio" by hand, on a device that runs."""
 
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import trio
@@ -10,6 +10,7 @@ import trio.testing
 from backends.virtio.adapter import VirtioOnBus
 from proxy.virtio.ring import DriverQueue, RingLayout
 from vbus.bus import BusModel
+from vbus.device import Device
 from vbus.testing import NurseryEffects, RecordedBridge
 from vbus.testing.peer import Shared
 from vbus.virtio import adapter as abi
@@ -89,6 +90,10 @@ class BusGuest:
             shared.view.write(at + 12, b"\1")
             self.peer.signal(8, shared.handle)
 
+    def kick_if_shared(self, index: int) -> None:
+        if index in self.shared:
+            self.kick(index)
+
     async def settle(self) -> None:
         await trio.testing.wait_all_tasks_blocked()
         self.recorded.effects.answer_doorbells()
@@ -118,14 +123,23 @@ class BusGuest:
 
 @asynccontextmanager
 async def on_bus(
-    device_class: type[VirtioOnBus], *, open: bool = True, **attributes: object
+    device_class: type[VirtioOnBus],
+    *,
+    open: bool = True,
+    others: Mapping[str, type[Device]] | None = None,
+    **attributes: object,
 ) -> AsyncIterator[BusGuest]:
-    """The device on a bus, its tasks running, and a guest that has opened it."""
+    """The device on a bus, its tasks running, and a guest that has opened it.
+
+    `others` are made before it, under the same names.
+    """
     async with trio.open_nursery() as nursery:
         effects = NurseryEffects(nursery)
-        model = BusModel({"device": device_class})
+        model = BusModel({"device": device_class, **(others or {})})
         with RecordedBridge(model=model, effects=effects) as recorded:
             effects.failed = recorded.bridge.connection_failed
+            for name in others or {}:
+                model.add_device(name, name)
             interface = recorded.add("device0", "device", **attributes)
             device = interface.device
             assert isinstance(device, VirtioOnBus)
