@@ -1,9 +1,13 @@
 """A virtio disk of the daemon and its image: two ways to it, and sudden death."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +20,11 @@ from proxy.vfio_user import connect
 from proxy.virtio.device import VirtioDevice
 from proxy.virtio.disk import Disk
 from proxy.virtio.pci import ModernTransport, opened
+from tests.proxy.host import until
 from tests.proxy.virtio.guests import disk_on
+from tests.proxy.virtio.test_nbd import Client
 from tests.system.served import Served
-from vbus.errors import VbusError
+from vbus.errors import NoDeviceError, VbusError
 
 CONFIG = """
 [[bus]]
@@ -95,6 +101,119 @@ async def test_an_image_is_the_same_by_both_ways(tmp_path: Path) -> None:
                 assert await disk.read(0, SIZE) == model
             await trio.to_thread.run_sync(remove, served)
         assert image.read_bytes() == model
+
+
+async def hammer(disk: Disk) -> None:
+    """Read and write for as long as it goes."""
+    while True:
+        await disk.write(RECORD, b"x" * RECORD)
+        await disk.read(0, SIZE // 8)
+
+
+async def test_a_disk_removed_under_load_is_gone_and_its_image_free(
+    tmp_path: Path,
+) -> None:
+    """R8: the guest gets an error, the daemon goes on, the image can be used again."""
+    image = tmp_path / "image"
+    with Served(tmp_path, CONFIG) as served:
+        words = [f"size={SIZE}", "--bus", "bus0"]
+        ended = 0
+        async with attach(served.socket("g1")) as bridge:
+            for _ in range(3):
+                await trio.to_thread.run_sync(add, served, image, *words)
+                try:
+                    async with disk_on(bridge) as disk, trio.open_nursery() as nursery:
+                        for _ in range(8):
+                            nursery.start_soon(hammer, disk)
+                        await until(lambda disk=disk: disk.statistics().writes > 50)
+                        await trio.to_thread.run_sync(remove, served)
+                except* NoDeviceError:
+                    ended += 1
+                await until(lambda: not bridge.devices)
+        assert ended == 3
+        assert image.read_bytes()[RECORD : 2 * RECORD] == b"x" * RECORD
+
+
+GUEST = """
+import sys, trio
+from pathlib import Path
+from proxy.guest import attach
+from tests.proxy.host import until
+from tests.proxy.virtio.guests import disk_on
+from tests.proxy.virtio.test_nbd import Client
+from tests.system.test_virtio_disk import hammer
+
+async def main(path):
+    async with attach(path) as bridge, disk_on(bridge) as disk:
+        print("ready", flush=True)
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(hammer, disk)
+
+trio.run(main, sys.argv[1])
+"""
+
+
+async def test_a_guest_killed_under_load_leaves_the_disk_to_the_next(
+    tmp_path: Path,
+) -> None:
+    """R26, R61: kill -9 of the guest; the device is reset and serves another."""
+    with Served(tmp_path, CONFIG) as served:
+        image = tmp_path / "image"
+        words = [f"size={SIZE}", "--bus", "bus0"]
+        await trio.to_thread.run_sync(add, served, image, *words)
+        for _ in range(3):
+            command = [sys.executable, "-c", GUEST, str(served.socket("g1"))]
+            guest = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+            assert guest.stdout is not None
+            async with guest.stdout:
+                with trio.fail_after(20):
+                    assert (await guest.stdout.receive_some()).startswith(b"ready")
+                    busy = partial(served.ask, "stats", "devices/disk0/io/writes")
+                    before = await trio.to_thread.run_sync(busy)
+                    while await trio.to_thread.run_sync(busy) < before + 20:
+                        pass
+                guest.kill()
+                await guest.wait()
+            await until(lambda: free(served))
+        async with over_the_bridge(served) as disk:
+            assert await disk.read(RECORD, RECORD) == b"x" * RECORD
+
+
+def free(served: Served) -> bool:
+    """Nobody is attached."""
+    (guest,) = served.ask("guest", "show", "g1")
+    return not guest["attached"]
+
+
+async def test_the_command_serves_a_disk_by_nbd(tmp_path: Path) -> None:
+    """R13, R61: `vbus guest run --set`, and a client of the public protocol."""
+    path = tmp_path / "nbd"
+    with Served(tmp_path, CONFIG) as served:
+        image = tmp_path / "image"
+        words = [f"size={SIZE}", "--bus", "bus0"]
+        await trio.to_thread.run_sync(add, served, image, *words)
+        command = [sys.executable, "-m", "vbus", "guest", "run"]
+        command += [str(served.socket("g1")), "--set", f"disk0.nbd={path}"]
+        guest = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+        try:
+            await until(path.exists, within_s=20)
+            stream = await trio.open_unix_socket(str(path))
+            async with stream:
+                client = Client(stream)
+                assert await client.begin() == SIZE
+                data = os.urandom(1 << 20)
+                assert await client.ask(1, 0, len(data), data, flags=1) == (0, b"")
+                assert await client.ask(0, 0, len(data)) == (0, data)
+            assert image.read_bytes()[: len(data)] == data
+        finally:
+            guest.terminate()
+            with trio.fail_after(10):
+                await guest.wait()
+            assert guest.stdout is not None
+            await guest.stdout.aclose()
+        assert guest.returncode == 0
+    assert not path.exists()
 
 
 def record(number: int, generation: int) -> bytes:
