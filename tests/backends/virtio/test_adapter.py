@@ -136,6 +136,8 @@ async def test_features_by_words(tmp_path: Path) -> None:
         assert await guest.negotiate(ACCEPTED) & Status.FEATURES_OK
         await guest.status(0)
         assert not await guest.status(SETUP | Status.FEATURES_OK) & Status.FEATURES_OK
+        await guest.call(Func.SETFEATURES, abi.FEATURES.pack(0, 1 << Ring.EVENT_IDX))
+        assert not await guest.status(SETUP | Status.FEATURES_OK) & Status.FEATURES_OK
 
 
 async def test_status_only_grows_until_reset() -> None:
@@ -209,10 +211,12 @@ async def test_queues_that_are_refused_change_nothing() -> None:
             return abi.ENABLE.pack(index, size, *at, 0)
 
         right = enable(0, 8, 0, 0x80, 0xA0)
-        await refused(guest, errno.EINVAL, Func.ENABLEQUEUE, right)  # no FEATURES_OK
         await guest.negotiate(ACCEPTED)
         await refused(guest, errno.EINVAL, Func.ENABLEQUEUE, right)  # no memory
         await guest.share(0)
+        await guest.status(0)
+        await refused(guest, errno.EINVAL, Func.ENABLEQUEUE, right)  # no FEATURES_OK
+        await guest.negotiate(ACCEPTED)
         for size, *at in (
             (0, 0, 0x80, 0xA0),
             (3, 0, 0x80, 0xA0),
@@ -354,6 +358,37 @@ async def test_memory_taken_away_breaks_this_device_only() -> None:
         assert guest.device.model.broken is not None
         memory.map(guest.peer.base, guest.peer.size, guest.peer.fd)
         assert guest.recorded.effects.failures == []  # type: ignore[attr-defined]
+
+
+async def test_memory_that_comes_back_has_lost_its_signal() -> None:
+    """R50: a driver that maps anew must share anew; it is told, not left waiting."""
+    async with on_bus(VirtioRngDevice) as guest:
+        await guest.live(features=ACCEPTED)
+        await guest.settle()
+        memory = guest.recorded.bridge.memory
+        memory.unmap(guest.peer.base, guest.peer.size)
+        memory.map(guest.peer.base, guest.peer.size, guest.peer.fd)
+        guest.peer.signal(8, guest.shared[0].handle)
+        await trio.testing.wait_all_tasks_blocked()
+        assert guest.device.model.broken == "queue 0: its memory is gone"
+
+
+async def test_a_kick_during_a_kick_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ABI 7: `pending` stops the second doorbell, `dirty` has the device look again."""
+    async with on_bus(VirtioRngDevice) as guest:
+        await guest.live(features=ACCEPTED)
+        await guest.settle()
+        model, kicks = guest.device.model, []
+
+        def kick(index: int) -> None:
+            kicks.append(index)
+            if len(kicks) < 3:
+                guest.kick(0)
+
+        monkeypatch.setattr(model, "kick", kick)
+        guest.kick(0)
+        await guest.settle()
+        assert kicks == [0, 0, 0]
 
 
 async def test_a_second_guest_is_told_that_it_is_busy() -> None:
