@@ -10,7 +10,7 @@ with S_OK, so is every write that was given back before the FLUSH came.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -257,30 +257,24 @@ class VirtioBlk(VirtioDevice):
             return self._give_id(job.chain)
         if job.size > INLINE_LIMIT:
             return None
-        if job.kind == Request.IN and self._at_once(job.chain.preadv, job, 0):
+        if job.kind == Request.IN and self._read_at_once(job):
             self._count("read", job.size)
             return job.size
-        cached = not job.durable and self.image.writes_at_once
-        if (
-            job.kind == Request.OUT
-            and cached
-            and self._at_once(job.chain.pwritev, job, HEADER.size)
-        ):
-            self._count("written", job.size)
-            return 0
+        if job.kind == Request.OUT and not job.durable:
+            image, move = self.image, job.chain.pwritev
+            if image.write_at_once(move, job.offset, HEADER.size, job.size):
+                self._count("written", job.size)
+                return 0
         return None
 
-    def _at_once(self, move: Callable[..., int], job: _Job, at: int) -> bool:
-        """Move the data if the page cache has it (or room for it) without waiting.
-
-        A real error is found again, and reported, by the thread.
-        """
+    def _read_at_once(self, job: _Job) -> bool:
+        """Read if the page cache has it. A real error is found again by the thread."""
         fd = self.image.fileno()
         try:
-            return move(fd, job.offset, at, job.size, os.RWF_NOWAIT) == job.size
-        except OSError as error:
-            self.image.refused_at_once(error)
+            done = job.chain.preadv(fd, job.offset, 0, job.size, os.RWF_NOWAIT)
+        except OSError:
             return False
+        return done == job.size
 
     async def _work(self, queue: DeviceQueue, ring: LiveRing, job: _Job) -> None:
         answer, written = Answer.OK, 0
