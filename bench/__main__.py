@@ -6,7 +6,7 @@ import sys
 import click
 from rich.console import Console
 
-from bench import control, messages, network, virtqueue
+from bench import control, messages, network, virtio_vm, virtqueue
 from bench.harness import Results, Suite
 from bench.processes import Skipped
 from bench.table import as_json, show_metrics, show_targets
@@ -18,6 +18,7 @@ SUITES: tuple[Suite, ...] = (
     *control.SUITES,
     *network.SUITES,
     *virtqueue.SUITES,
+    *virtio_vm.SUITES,
 )
 
 
