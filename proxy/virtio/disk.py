@@ -76,6 +76,8 @@ class Disk:
         self.device = device
         self.size = 0
         self.read_only = False
+        self.resized = trio.Event()
+        """Set when `size` has changed; a new one is here for the next time."""
         self._queues: list[RequestQueue] = []
         self._pool: SlotPool | None = None
         self._next = 0
@@ -120,7 +122,11 @@ class Disk:
 
     async def _read_size(self) -> None:
         raw = await self.device.transport.read_config(0, _CAPACITY.size)
-        self.size = _CAPACITY.unpack(raw)[0] * SECTOR
+        size = _CAPACITY.unpack(raw)[0] * SECTOR
+        if size != self.size:
+            self.size = size
+            self.resized.set()
+            self.resized = trio.Event()
 
     # The block device
 

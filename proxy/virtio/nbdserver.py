@@ -189,6 +189,7 @@ async def in_kernel(disk: Disk) -> AsyncIterator[str]:
             nursery.start_soon(_lend_thread, fd, lent)
             try:
                 await _connected(node, lent)
+                nursery.start_soon(_follow_size, fd, disk)
                 yield f"/dev/{node}"
             finally:
                 with contextlib.suppress(OSError):
@@ -201,6 +202,12 @@ async def _lend_thread(fd: int, ended: trio.Event) -> None:
     """Lend the kernel a thread until the device is disconnected."""
     await trio.to_thread.run_sync(_do_it, fd)
     ended.set()
+
+
+async def _follow_size(fd: int, disk: Disk) -> None:
+    while True:
+        await disk.resized.wait()
+        fcntl.ioctl(fd, _SET_SIZE_BLOCKS, disk.size // SECTOR)
 
 
 async def _connected(node: str, ended: trio.Event) -> None:

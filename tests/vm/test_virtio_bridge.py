@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.netns import isolated
@@ -136,12 +137,15 @@ async def check_network(vm: VirtualMachine) -> None:
         assert received == sums["host"]
 
 
+@pytest.mark.parametrize("iommu", [None, "intel"])
 @isolated
-async def test_the_kernel_uses_every_kind(boot: Boot, tmp_path: Path) -> None:
+async def test_the_kernel_uses_every_kind(
+    boot: Boot, tmp_path: Path, iommu: str | None
+) -> None:
     """R13, R61: ext4 on /dev/nbd0, TCP over a TAP, a shell, a fed pool of entropy."""
     with Served(tmp_path, config(tmp_path)) as served:
         async with (
-            boot(served.socket("vm1"), iommu=None) as vm,
+            boot(served.socket("vm1"), iommu=iommu) as vm,
             running(vm, "--address", f"card0={GUEST}/24") as process,
         ):
             ready = dict.fromkeys(("card0", "disk0", "tty0", "rng0"), "")
@@ -154,6 +158,11 @@ async def test_the_kernel_uses_every_kind(boot: Boot, tmp_path: Path) -> None:
             began = trio.current_time()
             await check_disk(vm, node, tmp_path / "image")
             print(f"disk: {trio.current_time() - began:.1f} s")
+            assert served.vbus("device", "set", "disk0", "size=128M").returncode == 0
+            sectors = f"/sys/block/{node.removeprefix('/dev/')}/size"
+            with trio.fail_after(PART_TIME_S):
+                while (await vm.run("cat", sectors)).stdout.strip() != str(256 << 10):
+                    pass
             await check_network(vm)
             print(f"and network: {trio.current_time() - began:.1f} s")
             await check_console(vm, ready["tty0"], tmp_path / "tty")

@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import trio
+
 from backends.venet import Switch, Venet
 from backends.virtio.classes import (
     VirtioBlkDevice,
@@ -20,6 +22,7 @@ from proxy.virtio.device import VirtioDevice
 from proxy.virtio.disk import Disk
 from tests.proxy.host import Host, hosted
 
+WITHIN_S = 60
 CLASSES = {
     "blk": VirtioBlkDevice,
     "console": VirtioConsoleDevice,
@@ -33,8 +36,9 @@ CLASSES = {
 @asynccontextmanager
 async def guest_of(host: Host, name: str = "g1") -> AsyncIterator[BridgeDriver]:
     path = await host.add_guest(name)
-    async with attach(path) as bridge:
-        yield bridge
+    with trio.fail_after(WITHIN_S):
+        async with attach(path) as bridge:
+            yield bridge
 
 
 @asynccontextmanager
