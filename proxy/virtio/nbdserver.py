@@ -27,7 +27,7 @@ from vbus.errors import (
 from vbus.virtio.blk import SECTOR, Feature
 
 _RECEIVE: Final = 256 << 10
-_IN_FLIGHT: Final = 64
+_IN_FLIGHT: Final = 32
 _LOOK_S: Final = 0.01
 _SET_SOCK, _SET_BLKSIZE, _DO_IT, _CLEAR_SOCK = 0xAB00, 0xAB01, 0xAB03, 0xAB04
 _SET_SIZE_BLOCKS, _DISCONNECT, _SET_FLAGS = 0xAB07, 0xAB08, 0xAB0A
@@ -230,6 +230,8 @@ def _claim(sock: socket.socket, disk: Disk) -> tuple[str, int]:
             raise NotFoundError(f"/dev/{node}: the kernel has no device nbd") from None
         except PermissionError:
             raise PermissionDeniedError(f"/dev/{node}: permission denied") from None
+        except OSError:  # somebody has it for himself
+            continue
         try:
             fcntl.ioctl(fd, _SET_SOCK, sock.fileno())
             fcntl.ioctl(fd, _SET_BLKSIZE, SECTOR)

@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -68,6 +69,31 @@ async def test_discard_zeroes_serial_and_flush(tmp_path: Path) -> None:
         assert await disk.read(1 << 19, 4096) == bytes(4096)
         await disk.flush()
         assert disk.statistics().flushes == 1
+
+
+@pytest.mark.parametrize("discard", [True, False])
+async def test_holes_are_made_only_where_that_is_allowed(
+    tmp_path: Path, discard: bool
+) -> None:
+    """The attribute `discard`: without it zeroes take room, as was promised."""
+    async with disk_of(tmp_path, discard=discard) as (_, disk):
+        await disk.write(0, b"x" * (1 << 20))
+        await disk.flush()
+        await disk.write_zeroes(0, 1 << 20, unmap=True)
+        await disk.flush()
+        await disk.discard(1 << 20, 1 << 20)
+        assert await disk.read(0, 1 << 20) == bytes(1 << 20)
+    blocks = os.stat(tmp_path / "disk").st_blocks
+    assert (blocks * 512 < 1 << 19) == discard
+
+
+async def test_a_disk_without_a_cache_has_nothing_to_flush(tmp_path: Path) -> None:
+    async with disk_of(tmp_path, cache="writethrough") as (host, disk):
+        await disk.write(0, b"x" * 4096)
+        await disk.flush()
+        device: Any = host.model.device("disk0")
+        counted = device.statistics().io
+        assert (counted.writes, counted.flushes, counted.inline) == (1, 0, 0)
 
 
 async def test_a_disk_grows_under_its_driver(tmp_path: Path) -> None:
