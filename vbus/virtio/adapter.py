@@ -9,7 +9,6 @@ VERSION: Final = 1
 CONFIG_SHM: Final = 0x10000
 """The memory whose signal tells of the configuration; a queue's has its index."""
 MAX_QUEUES: Final = CONFIG_SHM
-MAX_CONFIG: Final = 4096
 FEATURE_WORDS: Final = 4
 QUEUE_ENABLED: Final = 1
 
