@@ -171,7 +171,10 @@ class VirtioBlkDevice(VirtioOnBus):
             raise InvalidError(f"{self.path} cannot grow from here")
         if self.size < image.sectors() * SECTOR:
             raise InvalidError(f"{self.path} cannot shrink to {self.size} bytes")
-        os.truncate(image.fileno(), self.size)
+        try:
+            os.truncate(image.fileno(), self.size)
+        except OSError as error:
+            raise InvalidError(f"{self.path}: {error.strerror}") from None
         self.model.resized()
 
     def released(self) -> None:

@@ -119,6 +119,8 @@ def test_a_disk_grows_and_does_not_shrink(model: BusModel, tmp_path: Path) -> No
     assert (tmp_path / "d").stat().st_size == 2 << 20
     with pytest.raises(InvalidError, match="cannot shrink"):
         model.set_attribute("a", "size", "1M")
+    with pytest.raises(InvalidError, match="too large"):
+        model.set_attribute("a", "size", f"{1 << 22}T")
     assert device.get_attribute("size") == 2 << 20
     model.remove_device("a")
 
