@@ -41,7 +41,7 @@ class = "virtio-net"
 switch = "lan0"
 expose = "pci"
 """
-SIZE = 64 << 20
+SIZE = 32 << 20
 
 
 @isolated
