@@ -6,9 +6,10 @@ from typing import Final
 
 import trio
 
+from proxy.memory import DmaBuffer
 from proxy.tasks import unwrapped
 from proxy.virtio.device import VirtioDevice
-from proxy.virtio.queue import RequestQueue, Slot, SlotPool, Virtqueue
+from proxy.virtio.queue import RequestQueue, SlotPool, Virtqueue
 from vbus.errors import InvalidError
 from vbus.virtio.common import bits
 from vbus.virtio.console import CONTROL_IN, CONTROL_OUT, MESSAGE, Event, Feature
@@ -31,6 +32,11 @@ class ConsoleStatistics:
     tx_bytes: int
 
 
+def _post(queue: Virtqueue, buffer: DmaBuffer) -> None:
+    """Let the device fill a buffer, which is its own token."""
+    queue.add([((), ((buffer.addr, buffer.size),), buffer)])
+
+
 class ConsolePort:
     """One port: bytes both ways."""
 
@@ -49,9 +55,7 @@ class ConsolePort:
         """Post the receive buffers."""
         self._slots = SlotPool(device.transport, 4, _SLOT)
         for _ in range(_QUEUE_SIZE):
-            buffer = device.transport.allocate(_SLOT)
-            slot = Slot(buffer, lambda _: None)
-            self._rx.add([((), (slot.at(0, _SLOT),), slot)])
+            _post(self._rx, device.transport.allocate(_SLOT))
 
     def started(self) -> None:
         """The device may use the buffers."""
@@ -61,9 +65,9 @@ class ConsolePort:
         """Wait for bytes from the device. One task at a time."""
         while True:
             data = b""
-            for slot, written in self._rx.collect():
-                data += slot.view.read(0, written)
-                self._rx.add([((), (slot.at(0, _SLOT),), slot)])
+            for buffer, written in self._rx.collect():
+                data += buffer.view.read(0, written) if written else b""
+                _post(self._rx, buffer)
             self._rx.kick()
             if data:
                 self.rx_bytes += len(data)
@@ -142,8 +146,7 @@ class Console:
         self._slots = SlotPool(transport, _QUEUE_SIZE, _TEXT)
         assert self._control_in is not None
         for _ in range(_QUEUE_SIZE):
-            slot = Slot(transport.allocate(_TEXT), lambda _: None)
-            self._control_in.add([((), (slot.at(0, _TEXT),), slot)])
+            _post(self._control_in, transport.allocate(_TEXT))
 
     async def run(self) -> None:
         """Talk to the device until cancelled, or it breaks or goes."""
@@ -176,9 +179,9 @@ class Console:
     async def _listen(self, queue: Virtqueue) -> None:
         queue.kick()
         while True:
-            for slot, written in queue.collect():
-                message = slot.view.read(0, written) if written else b""
-                queue.add([((), (slot.at(0, _TEXT),), slot)])
+            for buffer, written in queue.collect():
+                message = buffer.view.read(0, written) if written else b""
+                _post(queue, buffer)
                 if len(message) >= MESSAGE.size:
                     await self._hear(message)
             queue.kick()
