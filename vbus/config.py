@@ -35,7 +35,9 @@ class BusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Uid = Annotated[int, Meta(ge=0, lt=UID_LIMIT)]
+SpinUs = Annotated[float, Meta(ge=0, le=10_000)]
 DEFAULT_LAYOUT = "modern"
+DEFAULT_SPIN_US = 300.0
 
 
 class Exposure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +47,9 @@ class Exposure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Its register layout; the class knows which there are."""
     uid: Uid | None = None
     """The user whose socket it is; by default the daemon's own."""
+    spin_us: SpinUs = DEFAULT_SPIN_US
+    """How long at most its queues look for the next request before they sleep: a
+    guest that is emulated needs some 200 for one."""
 
 
 class DeviceConfig(msgspec.Struct, frozen=True):
@@ -69,7 +74,7 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The user whose socket it is; by default the daemon's own."""
     allow_truncatable: bool = False
     """Take guest memory that could shrink, and with it the risk of SIGBUS."""
-    spin_us: Annotated[float, Meta(ge=0, le=10_000)] = 50
+    spin_us: SpinUs = 50
     """How long at most to look for the next message before sleeping; 0 suits a
     virtual machine without hardware help, which needs every core itself."""
     call_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
@@ -100,6 +105,7 @@ class _DeviceHead(msgspec.Struct):
     expose: Expose = "bridge"
     layout: str | None = None
     uid: Uid | None = None
+    spin_us: SpinUs | None = None
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -148,7 +154,7 @@ def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
         raise ConfigError(_place(error, f".device[{number}]")) from None
     buses = (head.bus,) if isinstance(head.bus, str) else head.bus
     try:
-        shown = exposure(head.expose, head.layout, head.uid, buses)
+        shown = exposure(head.expose, buses, head.layout, head.uid, head.spin_us)
     except InvalidError as error:
         raise ConfigError(f"device[{number}]: {error}") from None
     own = {field.encode_name for field in msgspec.structs.fields(_DeviceHead)}
@@ -157,7 +163,11 @@ def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
 
 
 def exposure(
-    expose: Expose, layout: str | None, uid: int | None, buses: Sequence[str]
+    expose: Expose,
+    buses: Sequence[str],
+    layout: str | None = None,
+    uid: int | None = None,
+    spin_us: float | None = None,
 ) -> Exposure | None:
     """Put together what was said of a device's exposure; None for the bridge.
 
@@ -169,9 +179,10 @@ def exposure(
                 'a device with expose = "pci" is a PCI function of its own, and on no'
                 f" bus: leave {', '.join(buses)} out"
             )
-        return Exposure(layout or DEFAULT_LAYOUT, uid)
-    if layout is not None or uid is not None:
-        raise InvalidError('layout and uid go with expose = "pci" only')
+        spin = DEFAULT_SPIN_US if spin_us is None else spin_us
+        return Exposure(layout or DEFAULT_LAYOUT, uid, spin)
+    if (layout, uid, spin_us) != (None, None, None):
+        raise InvalidError('layout, uid and spin_us go with expose = "pci" only')
     return None
 
 

@@ -123,10 +123,11 @@ class Device:
         """Give a frozen dataclass of counters, or a dict."""
         return {}
 
-    def pci_function(self, layout: str) -> PciFunction:
+    def pci_function(self, layout: str, *, spin_us: float = 0) -> PciFunction:
         """Show the device as a PCI function of its own, in a register layout.
 
-        Whoever asked closes it, before `teardown`. Raises InvalidError.
+        `spin_us` is how long it may look for work before it sleeps. Whoever asked for
+        the function closes it, before `teardown`. Raises InvalidError.
         """
         raise InvalidError(f"{self.name} can be shown on a bus only")
 

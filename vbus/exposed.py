@@ -22,7 +22,7 @@ class ExposedDevice:
         self.path = path
         self.listening = False
         """Its socket is or was there: `serve` has started."""
-        self.function = device.pci_function(config.layout)
+        self.function = device.pci_function(config.layout, spin_us=config.spin_us)
         self.server = VfioUserServer(
             self.function, path, name=device.name, owner_uid=config.uid
         )

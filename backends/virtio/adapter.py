@@ -197,8 +197,8 @@ class VirtioOnBus(Device):
     def released(self) -> None:
         """The model has ended: close what it used."""
 
-    def pci_function(self, layout: str) -> PciFunction:
-        return function(self.model, layout)
+    def pci_function(self, layout: str, *, spin_us: float = 0) -> PciFunction:
+        return function(self.model, layout, spin_us=spin_us)
 
     # The connection
 

@@ -62,7 +62,7 @@ class Shown(Device):
     def teardown(self) -> None:
         LOG.append("torn down")
 
-    def pci_function(self, layout: str) -> PciFunction:
+    def pci_function(self, layout: str, *, spin_us: float = 0) -> PciFunction:
         if layout != LAYOUT:
             raise InvalidError(f"no layout {layout!r}")
         return Register()
@@ -247,9 +247,11 @@ def device(*lines: str) -> str:
 
 
 def test_a_file_names_exposure_layout_and_user_beside_the_attributes() -> None:
-    text = device('expose = "pci"', 'layout = "legacy"', "uid = 7", "size = 3")
+    text = device(
+        'expose = "pci"', 'layout = "legacy"', "uid = 7", "spin_us = 0", "size = 3"
+    )
     [config] = parse(text).devices
-    assert config.exposure == Exposure("legacy", 7)
+    assert config.exposure == Exposure("legacy", 7, 0)
     assert config.attributes == {"size": 3}
     [config] = parse(device('expose = "pci"')).devices
     assert config.exposure == Exposure("modern")
@@ -263,8 +265,10 @@ def test_a_file_names_exposure_layout_and_user_beside_the_attributes() -> None:
     [
         (['expose = "usb"'], r"device\[0\]\.expose: .*'usb'"),
         (['expose = "pci"', 'bus = "b"'], r"device\[0\]: .*leave b out"),
-        (['layout = "modern"'], r"device\[0\]: layout and uid go with"),
-        (["uid = 3"], r"device\[0\]: layout and uid go with"),
+        (['layout = "modern"'], r"device\[0\]: layout, uid and spin_us go with"),
+        (["uid = 3"], r"device\[0\]: layout, uid and spin_us go with"),
+        (["spin_us = 3"], r"device\[0\]: layout, uid and spin_us go with"),
+        (['expose = "pci"', "spin_us = -1"], r"device\[0\]\.spin_us"),
         (['expose = "pci"', "uid = -1"], r"device\[0\]\.uid"),
     ],
 )
@@ -274,8 +278,8 @@ def test_words_that_do_not_go_together_are_refused(lines: list[str], said: str) 
 
 
 def test_the_layout_is_modern_unless_said() -> None:
-    assert exposure("pci", None, None, ()) == Exposure("modern", None)
-    assert exposure("bridge", None, None, ("bus0",)) is None
+    assert exposure("pci", ()) == Exposure("modern", None)
+    assert exposure("bridge", ("bus0",)) is None
 
 
 async def test_a_layout_that_is_not_there_ends_the_start_with_the_place(

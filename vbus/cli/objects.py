@@ -121,6 +121,11 @@ def device() -> None:
 )
 @click.option("--layout", help="The function's registers; modern by default.")
 @click.option("--uid", type=click.IntRange(0), help="The user of its socket.")
+@click.option(
+    "--spin-us",
+    type=click.FloatRange(0),
+    help="How long its queues look for requests before they sleep.",
+)
 @click.argument("attributes", nargs=-1, metavar="[KEY=VALUE]...")
 @as_json
 def device_add(
@@ -130,6 +135,7 @@ def device_add(
     expose: str,
     layout: str | None,
     uid: int | None,
+    spin_us: float | None,
     attributes: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -142,6 +148,7 @@ def device_add(
         expose=expose,
         layout=layout,
         uid=uid,
+        spin_us=spin_us,
         attributes=settings(attributes),
         as_json=as_json,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vbus.config import Expose, GuestConfig, Uid, exposure
+from vbus.config import Expose, GuestConfig, SpinUs, Uid, exposure
 from vbus.control.show import (
     show_buses,
     show_class,
@@ -55,6 +55,7 @@ class AddDevice(_Args, frozen=True):
     expose: Expose = "bridge"
     layout: str | None = None
     uid: Uid | None = None
+    spin_us: SpinUs | None = None
 
 
 class SetAttributes(_Args, frozen=True):
@@ -92,7 +93,7 @@ def _class_show(daemon: "Daemon", args: MaybeName) -> object:
 
 
 async def _device_add(daemon: "Daemon", args: AddDevice) -> object:
-    shown = exposure(args.expose, args.layout, args.uid, args.buses)
+    shown = exposure(args.expose, args.buses, args.layout, args.uid, args.spin_us)
     device = await daemon.add_device(
         args.name, args.class_name, args.attributes, args.buses, shown
     )

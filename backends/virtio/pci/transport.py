@@ -102,6 +102,7 @@ class PciTransport:
     def close(self) -> None:
         """Take the device off. The last thing that is done here."""
         self.device.detach()
+        self.device.spin_us = 0
 
     # VirtioTransport
 
