@@ -1,6 +1,7 @@
 """Queues that look for requests before they sleep; here they look for ever."""
 
 import trio
+import trio.testing
 
 from backends.virtio.constants import Status
 from tests.backends.virtio.rig import Rig, rigged
@@ -60,7 +61,12 @@ async def test_what_was_found_and_not_served_is_forgotten_by_a_reset() -> None:
             assert ring._look(10_000)
         ring.close()
         assert ring.pop(8) == ()
-        await ring.wait()
+        ring._ahead = ()
+        rig.add(1, b"y", 8)
+        assert ring._look(10_000)
+        assert ring._ahead == (), "its memory is not touched any more"
+        with trio.testing.assert_checkpoints():
+            await ring.wait()
 
 
 async def test_a_ring_that_breaks_while_it_is_looked_at_breaks_the_device() -> None:
