@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import stat
 import struct
 import time
@@ -66,6 +67,11 @@ def _open(path: Path, read_only: bool) -> int:
         raise PermissionDeniedError(f"{path}: {error.strerror}") from None
 
 
+def _sleeps() -> int:
+    """Count how often this thread waited for something so far."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 class Move(Protocol):
     """Moves `size` bytes between a chain, from `at` on, and a file, as `pwritev`."""
 
@@ -81,7 +87,6 @@ class Pace:
     """
 
     SLOW_S = 0.005
-    """Well over the time of a copy, even of a process that has to share its core."""
     FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -159,7 +164,7 @@ class DiskImage:
             if offset % _PAGE or size % _PAGE or not self._pace.good():
                 return False
             flags = 0
-        began = time.monotonic()
+        began, slept = time.monotonic(), _sleeps()
         try:
             return move(self._fd, offset, at, size, flags) == size
         except OSError as error:
@@ -168,7 +173,8 @@ class DiskImage:
             return False
         finally:
             if not flags:
-                self._pace.learn(time.monotonic() - began)
+                waited = _sleeps() != slept  # not only lost the core to others
+                self._pace.learn(time.monotonic() - began if waited else 0)
 
     def read(self, offset: int, size: int) -> bytes:
         """Read; zeros where the file became shorter than the disk was."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +111,21 @@ def test_an_error_is_left_to_the_thread_to_report(image: DiskImage) -> None:
     moves = Moves(error=errno.ENOSPC)
     image.write_at_once(moves, 0, 16, PAGE)
     assert not image.write_at_once(moves, 0, 16, PAGE)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_only_a_write_that_slept_is_slow(
+    image: DiskImage, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """A process that lost its core meanwhile did not wait for the disk."""
+    monkeypatch.setattr(Pace, "SLOW_S", 1e-9)
+    moves = Moves()
+    image.write_at_once(moves, 0, 16, PAGE)
+
+    def move(fd: int, offset: int, at: int, size: int, flags: int) -> int:
+        if waits:
+            time.sleep(0.001)
+        return size
+
+    assert image.write_at_once(move, 0, 16, PAGE)
+    assert image._pace.good() is not waits
