@@ -9,18 +9,24 @@ import trio
 
 from backends.virtio.blk import VirtioBlk
 from backends.virtio.image import DiskImage
-from backends.virtio.pci import LAYOUTS
+from backends.virtio.pci import LAYOUTS, function
 from backends.virtio.rng import VirtioRng
+from proxy.memory import DmaMemory
 from proxy.tasks import beside
+from proxy.vfio_user import connect
+from proxy.virtio.device import VirtioDevice
 from proxy.virtio.disk import Disk
 from proxy.virtio.entropy import Entropy
 from tests.backends.virtio.pci.drivers import (
     LEGACY_WAYS,
     WAYS,
+    LegacyDevice,
     LineDriver,
     driven,
+    driver_for,
     layout_of,
 )
+from vbus.vfio_user.server import VfioUserServer
 from vbus.virtio.common import DeviceId
 
 SIZE = 4 << 20
@@ -105,3 +111,36 @@ async def test_a_change_of_size_is_told_by_a_configuration_interrupt(
             assert disk.size == 2 * SIZE
             if isinstance(device.transport, LineDriver):
                 assert 2 in device.transport.isrs
+
+
+@pytest.mark.usefixtures("no_fd_leak")
+@pytest.mark.parametrize("layout", ["modern", "legacy"])
+async def test_a_client_that_vanishes_leaves_a_function_as_new(
+    tmp_path: Path, image: DiskImage, layout: str
+) -> None:
+    """A machine that is killed resets nothing; the next one finds power-on."""
+    model = VirtioBlk(image, queue_size=QUEUE)
+    part = function(model, layout)
+    server = VfioUserServer(part, tmp_path / "function.sock")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(model.run)
+        await nursery.start(server.serve)
+        for number in range(3):
+            with trio.fail_after(10), DmaMemory(16 << 20) as memory:
+                async with connect(server.path, memory) as client:
+                    transport = await driver_for(client, layout)
+                    interrupts = await transport.start()
+                    kind = VirtioDevice if layout == "modern" else LegacyDevice
+                    disk = Disk(kind(transport, await transport.identify()))
+                    async with beside(lambda: transport.run(interrupts)):  # noqa: B023
+                        await disk.start()
+                        async with beside(disk.run):
+                            await disk.write(512 * number, bytes([number + 1]) * 512)
+                    transport.close()
+                while server.attached:
+                    await trio.lowlevel.checkpoint()
+                assert model.status == 0
+                assert not part.bus_master
+        nursery.cancel_scope.cancel()
+    part.close()
+    assert image.path.read_bytes()[:1536] == b"\1" * 512 + b"\2" * 512 + b"\3" * 512
