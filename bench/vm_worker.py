@@ -116,7 +116,6 @@ def config(folder: Path) -> str:
 name = "disk0"
 class = "virtio-blk"
 expose = "pci"
-spin_us = {os.environ.get("SPIN", "300")}
 path = "{made(folder, "vbus")}"
 serial = "vbus"
 [[device]]
