@@ -6,7 +6,7 @@ import sys
 import click
 from rich.console import Console
 
-from bench import control, machine, messages, network, virtqueue
+from bench import control, machine, messages, network, virtio_vm, virtqueue
 from bench.harness import Results, Suite
 from bench.processes import Skipped
 from bench.table import as_json, show_metrics, show_targets
@@ -18,8 +18,9 @@ SUITES: tuple[Suite, ...] = (
     *control.SUITES,
     *network.SUITES,
     *virtqueue.SUITES,
-    *machine.SUITES,
 )
+ON_DEMAND: tuple[Suite, ...] = (*machine.SUITES, *virtio_vm.SUITES)
+"""They fetch and boot a machine: measured only if `--only` names them."""
 
 
 def _measure(suite: Suite, rounds: int, log: Console) -> Results | None:
@@ -41,8 +42,9 @@ def _measure(suite: Suite, rounds: int, log: Console) -> Results | None:
 @click.option("--list", "list_", is_flag=True, help="Print the suites' names.")
 def main(only: tuple[str, ...], rounds: int, json_: bool, list_: bool) -> None:
     """Measure the bus beside its peers; ratios are taken inside each round."""
+    known = (*SUITES, *ON_DEMAND) if only or list_ else SUITES
     chosen = [
-        suite for suite in SUITES if not only or any(o in suite.name for o in only)
+        suite for suite in known if not only or any(o in suite.name for o in only)
     ]
     if list_:
         print("\n".join(suite.name for suite in chosen))

@@ -41,11 +41,18 @@ class Daemon:
 
     def socket(self, guest: str) -> Path:
         """Give the path of a guest's socket, once it is there."""
-        path = self.runtime / "guests" / f"{guest}.sock"
+        return self._served("guests", guest)
+
+    def function(self, device: str) -> Path:
+        """Give the path of an exposed device's socket, once it is there."""
+        return self._served("functions", device)
+
+    def _served(self, folder: str, name: str) -> Path:
+        path = self.runtime / folder / f"{name}.sock"
         end = time.monotonic() + _READY_S
         while not path.exists():
             if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{guest} is not served: {self._log.read_text()}")
+                raise RuntimeError(f"{name} is not served: {self._log.read_text()}")
             time.sleep(0.01)
         return path
 

@@ -18,6 +18,7 @@ from proxy.tasks import beside
 from vbus.errors import BusyError, UnreachableError, VbusError
 
 VENET = "virtual-ethernet"
+VIRTIO = "virtio"
 SCAN_MEMORY_MIB = 4
 SCAN_QUIET_S = 0.1
 """What is there is announced at once: after such a silence that was all."""
@@ -36,6 +37,21 @@ class _Addresses(click.ParamType[tuple[str, str]]):
         if not (device and equals and address):
             self.fail(f"{value!r} is not DEV=ADDRESS", param, ctx)
         return device, address
+
+
+class _Settings(click.ParamType[tuple[str, str, str]]):
+    """DEV.OPTION=VALUE; the device's name may have dots."""
+
+    name = "DEV.OPTION=VALUE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str, str]:
+        where, equals, text = str(value).partition("=")
+        device, dot, option = where.rpartition(".")
+        if not (device and dot and option and equals):
+            self.fail(f"{value!r} is not DEV.OPTION=VALUE", param, ctx)
+        return device, option, text
 
 
 class _Output:
@@ -119,6 +135,13 @@ _device = click.option(
     help="Give the interface of a venet device an address: lan0-g1=10.0.0.2/24.",
 )
 @click.option(
+    "--set",
+    "settings",
+    type=_Settings(),
+    multiple=True,
+    help="Tell the driver of a device something: disk0.nbd=/run/disk0.sock.",
+)
+@click.option(
     "--frames", is_flag=True, help="Generate frames instead of making TAP interfaces."
 )
 @click.option(
@@ -133,6 +156,7 @@ def run(
     socket: str | None,
     device: str | None,
     addresses: tuple[tuple[str, str], ...],
+    settings: tuple[tuple[str, str, str], ...],
     frames: bool,
     memory_mib: int,
     compat: bool,
@@ -151,7 +175,12 @@ def run(
     options: dict[str, dict[str, object]] = {}
     for name, address in addresses:
         options.setdefault(name, {})["address"] = address
-    defaults = {VENET: {"frames": True}} if frames else {}
+    for name, key, value in settings:
+        options.setdefault(name, {})[key] = value
+    # What is behind the bridge of a virtual machine is for the kernel in it.
+    defaults: dict[str, dict[str, object]] = {VIRTIO: {"kernel": socket is None}}
+    if frames:
+        defaults[VENET] = {"frames": True}
     output = _Output(as_json=as_json)
 
     async def main() -> None:

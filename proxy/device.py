@@ -22,7 +22,7 @@ from proxy.calls import Calls, check
 from proxy.errors import again
 from proxy.memory import DmaBuffer
 from proxy.pci import Abort, PciFunction
-from shm import Locality, ShmSignal
+from shm import AddressSpace, Locality, ShmSignal
 from vbus import abi
 from vbus.abi import BAR_SIGNALS, SIGNAL_SHM, Hypercall
 from vbus.errors import (
@@ -273,6 +273,11 @@ class DeviceProxy:
 
     # Shared memory
 
+    @property
+    def space(self) -> AddressSpace:
+        """Our memory, by the addresses that the device knows."""
+        return self._host.function.memory.space
+
     def allocate(self, size: int, *, alignment: int = 64) -> DmaBuffer:
         """Allocate guest memory that is freed when the connection is closed."""
         self._connected()
@@ -349,8 +354,7 @@ class DeviceProxy:
         buffer = self.allocate(ring_size(count), alignment=4096)
         Ring.format(buffer.view, count)
         shm = SharedMemory(id, buffer, wake)
-        memory = self._host.function.memory
-        ring = Ring(buffer.view, memory.space, Locality.NORTH, self.notifier(shm))
+        ring = Ring(buffer.view, self.space, Locality.NORTH, self.notifier(shm))
         shm.signal = ring.signal
         return ring, shm
 

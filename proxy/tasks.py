@@ -1,9 +1,11 @@
-"""A task beside a body of code, where an error of either comes out as itself."""
+"""Tasks beside a body of code, where an error of either comes out as itself."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
+
+from vbus.errors import VbusError
 
 
 @asynccontextmanager
@@ -37,3 +39,23 @@ async def beside(task: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
             raise
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Around a nursery: if tasks of it raise a VbusError, the first comes out bare."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        refusals, others = group.split((VbusError, trio.Cancelled))
+        first = _first_refusal(group)
+        if refusals is None or others is not None or first is None:
+            raise
+        raise first from None
+
+
+def _first_refusal(error: BaseException) -> VbusError | None:
+    if isinstance(error, BaseExceptionGroup):
+        found = map(_first_refusal, error.exceptions)
+        return next(filter(None, found), None)
+    return error if isinstance(error, VbusError) else None

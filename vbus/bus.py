@@ -262,10 +262,8 @@ class BusModel:
 
     def remove_device(self, name: str) -> None:
         """Unlink a device everywhere and remove it. BusyError: others use it."""
+        self.check_unused(name)
         device = self.device(name)
-        users = self.users(device)
-        if users:
-            raise BusyError(f"{name} is used by {', '.join(sorted(users))}")
         for bus, _ in list(self.links(device)):
             self.unlink(bus.name, name)
         del self.devices[name]
@@ -275,6 +273,12 @@ class BusModel:
             device.teardown()
         finally:
             self._tell(Change(ChangeKind.DEVICE_REMOVED, device=name))
+
+    def check_unused(self, name: str) -> None:
+        """Raise BusyError if other devices use this one, NotFoundError."""
+        users = self.users(self.device(name))
+        if users:
+            raise BusyError(f"{name} is used by {', '.join(sorted(users))}")
 
     def link(self, bus_name: str, device_name: str) -> Interface:
         """Put a device on a bus, where guests see it.

@@ -1,22 +1,24 @@
 """The daemon's configuration: a TOML file as frozen structs.
 
 Says what buses, devices and guests there shall be; the daemon makes them. A device's
-table holds its name, class and buses, and beside them the attributes of its class,
-which the class itself checks.
+table holds its name, class and buses (or how it is exposed), and beside them the
+attributes of its class, which the class itself checks.
 """
 
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from vbus.errors import ConfigError
+from vbus.errors import ConfigError, InvalidError
 
 UID_LIMIT = (1 << 32) - 1
+Expose = Literal["bridge", "pci"]
+"""Behind the bridge of guests, or as a PCI function of its own."""
 
 
 class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,6 +34,24 @@ class BusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
+Uid = Annotated[int, Meta(ge=0, lt=UID_LIMIT)]
+SpinUs = Annotated[float, Meta(ge=0, le=10_000)]
+DEFAULT_LAYOUT = "modern"
+DEFAULT_SPIN_US = 300.0
+
+
+class Exposure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a device is shown that is a PCI function of its own."""
+
+    layout: str = DEFAULT_LAYOUT
+    """Its register layout; the class knows which there are."""
+    uid: Uid | None = None
+    """The user whose socket it is; by default the daemon's own."""
+    spin_us: SpinUs = DEFAULT_SPIN_US
+    """How long at most its queues look for the next request before they sleep: a
+    guest that is emulated needs some 200 for one."""
+
+
 class DeviceConfig(msgspec.Struct, frozen=True):
     """One [[device]]; `attributes` are all its other keys."""
 
@@ -39,6 +59,8 @@ class DeviceConfig(msgspec.Struct, frozen=True):
     class_name: str
     buses: tuple[str, ...] = ()
     attributes: Mapping[str, Any] = {}
+    exposure: Exposure | None = None
+    """expose = "pci", with its layout and uid; None: on buses."""
 
 
 class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,11 +70,11 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bus: str
     msix: bool = True
     """Show MSI-X beside MSI."""
-    uid: Annotated[int, Meta(ge=0, lt=UID_LIMIT)] | None = None
+    uid: Uid | None = None
     """The user whose socket it is; by default the daemon's own."""
     allow_truncatable: bool = False
     """Take guest memory that could shrink, and with it the risk of SIGBUS."""
-    spin_us: Annotated[float, Meta(ge=0, le=10_000)] = 50
+    spin_us: SpinUs = 50
     """How long at most to look for the next message before sleeping; 0 suits a
     virtual machine without hardware help, which needs every core itself."""
     call_timeout_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
@@ -80,6 +102,10 @@ class _DeviceHead(msgspec.Struct):
     name: str
     class_name: str = msgspec.field(name="class")
     bus: str | tuple[str, ...] = ()
+    expose: Expose = "bridge"
+    layout: str | None = None
+    uid: Uid | None = None
+    spin_us: SpinUs | None = None
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -127,12 +153,37 @@ def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(_place(error, f".device[{number}]")) from None
     buses = (head.bus,) if isinstance(head.bus, str) else head.bus
-    rest = {
-        key: value
-        for key, value in table.items()
-        if key not in ("name", "class", "bus")
-    }
-    return DeviceConfig(head.name, head.class_name, buses, rest)
+    try:
+        shown = exposure(head.expose, buses, head.layout, head.uid, head.spin_us)
+    except InvalidError as error:
+        raise ConfigError(f"device[{number}]: {error}") from None
+    own = {field.encode_name for field in msgspec.structs.fields(_DeviceHead)}
+    rest = {key: value for key, value in table.items() if key not in own}
+    return DeviceConfig(head.name, head.class_name, buses, rest, shown)
+
+
+def exposure(
+    expose: Expose,
+    buses: Sequence[str],
+    layout: str | None = None,
+    uid: int | None = None,
+    spin_us: float | None = None,
+) -> Exposure | None:
+    """Put together what was said of a device's exposure; None for the bridge.
+
+    Raises InvalidError for words that do not go together.
+    """
+    if expose == "pci":
+        if buses:
+            raise InvalidError(
+                'a device with expose = "pci" is a PCI function of its own, and on no'
+                f" bus: leave {', '.join(buses)} out"
+            )
+        spin = DEFAULT_SPIN_US if spin_us is None else spin_us
+        return Exposure(layout or DEFAULT_LAYOUT, uid, spin)
+    if (layout, uid, spin_us) != (None, None, None):
+        raise InvalidError('layout, uid and spin_us go with expose = "pci" only')
+    return None
 
 
 def _place(error: msgspec.ValidationError, prefix: str) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import trio
 
-from vbus.bus import BusModel, Change, ChangeKind, check_name
-from vbus.config import Config, GuestConfig
+from vbus.bus import BusModel, Change, ChangeKind, Interface, check_name
+from vbus.config import Config, Exposure, GuestConfig
 from vbus.control.server import ControlServer
 from vbus.device import Device
 from vbus.errors import (
@@ -26,6 +26,7 @@ from vbus.errors import (
     InvalidError,
     NotFoundError,
 )
+from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Daemon:
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
         self._guests: dict[str, Guest] = {}
+        self._exposed: dict[str, ExposedDevice] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
         self._stop = trio.Event()
@@ -59,6 +61,11 @@ class Daemon:
     def guests(self) -> dict[str, Guest]:
         """The guests that can attach, by name."""
         return {name: one for name, one in self._guests.items() if one.listening}
+
+    @property
+    def exposed(self) -> dict[str, ExposedDevice]:
+        """The devices that are PCI functions of their own, by name."""
+        return {name: one for name, one in self._exposed.items() if one.listening}
 
     def stop(self) -> None:
         """Let `run` close everything in order and return."""
@@ -95,28 +102,47 @@ class Daemon:
 
     # What can be changed while it runs, beside the model
 
-    def add_device(
+    async def add_device(
         self,
         name: str,
         class_name: str,
         attributes: Mapping[str, object],
         buses: Sequence[str] = (),
+        exposure: Exposure | None = None,
     ) -> Device:
-        """Make a device and put it on buses, all or nothing; raises as the model."""
+        """Make a device and put it on buses, or show it as a function: all or nothing.
+
+        Raises as the model, and for a function InvalidError (the device has none of
+        that layout), BusyError or OSError of the socket.
+        """
         for bus in buses:
             self.model.bus(bus)
         device = self.model.add_device(name, class_name, attributes)
         try:
             for bus in buses:
                 self.model.link(bus, name)
+            if exposure is not None:
+                await self._expose(device, exposure)
         except BaseException:
             self.model.remove_device(name)
             raise
         return device
 
-    def remove_device(self, name: str) -> None:
-        """Take a device off its buses and remove it; raises as the model."""
+    async def remove_device(self, name: str) -> None:
+        """Take a device from where it is shown and remove it; raises as the model."""
+        self.model.check_unused(name)
+        exposed = self._exposed.get(name)
+        if exposed is not None:
+            if not exposed.listening:
+                raise BusyError(f"{name} is being added")
+            await exposed.remove()
         self.model.remove_device(name)
+
+    def link(self, bus: str, device: str) -> Interface:
+        """Put a device on a bus. Raises as the model, InvalidError: it is exposed."""
+        if device in self._exposed:
+            raise InvalidError(f"{device} is a PCI function of its own, and on no bus")
+        return self.model.link(bus, device)
 
     async def add_guest(self, config: GuestConfig) -> Guest:
         """Serve one more guest; its socket is there on return.
@@ -128,8 +154,7 @@ class Daemon:
         if config.name in self._guests:
             raise ExistsError(f"guest {config.name} exists")
         path = self._guests_dir / f"{config.name}.sock"
-        if config.uid not in (None, os.geteuid()):
-            self._let_others_through()
+        self._let_through(config.uid, self._guests_dir)
         guest = Guest(
             config,
             self.model.bus(config.bus),
@@ -160,14 +185,24 @@ class Daemon:
 
     # Inside
 
+    async def _expose(self, device: Device, config: Exposure) -> None:
+        path = self._functions_dir / f"{device.name}.sock"
+        self._let_through(config.uid, self._functions_dir)
+        exposed = self._exposed[device.name] = ExposedDevice(device, config, path)
+        await self._guest_nursery.start(self._serve_exposed, exposed)
+
     async def _populate(self) -> None:
         for bus in self.config.buses:
             with self._place(f"bus {bus.name}"):
                 self.model.add_bus(bus.name)
         for device in self.config.devices:
             with self._place(f"device {device.name}"):
-                self.add_device(
-                    device.name, device.class_name, device.attributes, device.buses
+                await self.add_device(
+                    device.name,
+                    device.class_name,
+                    device.attributes,
+                    device.buses,
+                    device.exposure,
                 )
         for guest in self.config.guests:
             with self._place(f"guest {guest.name}"):
@@ -195,6 +230,20 @@ class Daemon:
             self._tell({"event": "guest-failed", **about})
         finally:
             del self._guests[guest.name]
+
+    async def _serve_exposed(
+        self, exposed: ExposedDevice, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Serve a function; once it is there, a failure is its own and no other's."""
+        try:
+            await exposed.serve(task_status=task_status)
+        except Exception as error:
+            if not exposed.listening:
+                raise innermost(error) from None
+            logger.exception("the function of %s failed", exposed.name)
+            self._tell_failed(exposed.name, innermost(error))
+        finally:
+            del self._exposed[exposed.name]
 
     def _remove_devices(self) -> None:
         """Remove all devices, each before those it uses: the youngest first."""
@@ -229,7 +278,7 @@ class Daemon:
         self._tell({"event": change.kind.value, **known})
 
     async def _serve_device(self, device: Device) -> None:
-        """Run a device's own task; when it fails the device leaves its buses."""
+        """Run a device's own task; when it fails nobody sees the device any more."""
         if self.model.devices.get(device.name) is not device:
             return  # removed before its task could start
         with trio.CancelScope() as scope:
@@ -238,15 +287,15 @@ class Daemon:
                 await device.serve()
             except Exception as error:
                 logger.exception("device %s failed", device.name)
-                self._tell(
-                    {
-                        "event": "device-failed",
-                        "device": device.name,
-                        "message": str(error),
-                    }
-                )
+                self._tell_failed(device.name, error)
+                if device.name in self._exposed:
+                    self._exposed[device.name].end()
                 for bus, _ in list(self.model.links(device)):
                     self.model.unlink(bus.name, device.name)
+
+    def _tell_failed(self, device: str, error: BaseException) -> None:
+        about = {"device": device, "message": str(error)}
+        self._tell({"event": "device-failed", **about})
 
     def _tell(self, happening: Happening) -> None:
         for watcher in tuple(self._watchers):
@@ -256,7 +305,8 @@ class Daemon:
     def _own_runtime_dir(self) -> Iterator[None]:
         """Hold the directory: only one daemon at a time, whatever sockets lie there."""
         self.runtime_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._guests_dir.mkdir(mode=0o750, exist_ok=True)
+        for folder in (self._guests_dir, self._functions_dir):
+            folder.mkdir(mode=0o750, exist_ok=True)
         path = self.runtime_dir / "vbus.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -272,9 +322,15 @@ class Daemon:
     def _guests_dir(self) -> Path:
         return self.runtime_dir / "guests"
 
-    def _let_others_through(self) -> None:
-        """Let a guest of another user reach its socket; nobody else can list them."""
-        for path in (self.runtime_dir, self._guests_dir):
+    @property
+    def _functions_dir(self) -> Path:
+        return self.runtime_dir / "functions"
+
+    def _let_through(self, uid: int | None, folder: Path) -> None:
+        """Let another user reach a socket of his; nobody else can list them."""
+        if uid in (None, os.geteuid()):
+            return
+        for path in (self.runtime_dir, folder):
             path.chmod(path.stat().st_mode | stat.S_IXOTH)
 
 

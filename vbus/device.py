@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from vbus.attributes import Attribute, attribute, attributes_of
 from vbus.connection import Connection, Ended, SharedMemory
 from vbus.errors import BusyError, InvalidError, PermissionDeniedError
+from vbus.pci.function import PciFunction
 
 CallResult = bytes | int | tuple[int, bytes] | None
 """Data for the guest's buffer, a result (>= 0 or -errno), both, or just success."""
@@ -121,6 +122,14 @@ class Device:
     def statistics(self) -> object:
         """Give a frozen dataclass of counters, or a dict."""
         return {}
+
+    def pci_function(self, layout: str, *, spin_us: float = 0) -> PciFunction:
+        """Show the device as a PCI function of its own, in a register layout.
+
+        `spin_us` is how long it may look for work before it sleeps. Whoever asked for
+        the function closes it, before `teardown`. Raises InvalidError.
+        """
+        raise InvalidError(f"{self.name} can be shown on a bus only")
 
     # Hooks of a connection; plain or async
 

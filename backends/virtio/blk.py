@@ -10,10 +10,8 @@ with S_OK, so is every write that was given back before the FLUSH came.
 """
 
 import os
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 import trio
@@ -27,57 +25,26 @@ from backends.virtio.device import (
     MalformedError,
     VirtioDevice,
 )
-from backends.virtio.image import SECTOR, DiskImage
+from backends.virtio.image import DiskImage
+from vbus.virtio.blk import (
+    HEADER,
+    ID_SIZE,
+    RANGE,
+    SECTOR,
+    UNMAP,
+    Answer,
+    Feature,
+    Request,
+)
 
 THREADS: Final = 16
 INLINE_LIMIT: Final = 64 << 10
 CHUNK: Final = 1 << 20
 _BATCH: Final = 16
-_HEADER: Final = struct.Struct("<IIQ")
-_RANGE: Final = struct.Struct("<QII")
-_ID_SIZE: Final = 20
 _MAX_RANGE: Final = 1 << 22
 _MAX_RANGES: Final = 16
 _SEGMENTS: Final = 126
-_UNMAP: Final = 1
-
-
-class Feature(IntEnum):
-    """Bit numbers (5.2.3)."""
-
-    SIZE_MAX = 1
-    SEG_MAX = 2
-    GEOMETRY = 4
-    RO = 5
-    BLK_SIZE = 6
-    FLUSH = 9
-    TOPOLOGY = 10
-    CONFIG_WCE = 11
-    MQ = 12
-    DISCARD = 13
-    WRITE_ZEROES = 14
-
-
-class Request(IntEnum):
-    """Request types (5.2.6)."""
-
-    IN = 0
-    OUT = 1
-    FLUSH = 4
-    GET_ID = 8
-    DISCARD = 11
-    WRITE_ZEROES = 13
-
-
 _CHANGES: Final = (Request.OUT, Request.DISCARD, Request.WRITE_ZEROES)
-
-
-class Answer(IntEnum):
-    """The status byte."""
-
-    OK = 0
-    IOERR = 1
-    UNSUPP = 2
 
 
 FIELDS: Final = (
@@ -152,27 +119,36 @@ class VirtioBlk(VirtioDevice):
         serial: str = "",
         queues: int = 1,
         queue_size: int = 256,
+        write_cache: bool = True,
+        discard: bool = True,
         latch: bool = False,
     ) -> None:
-        """The image stays the caller's to close, after `run` has ended."""
+        """The image stays the caller's to close, after `run` has ended.
+
+        Without a `write_cache` every write is durable when it is answered, and the
+        driver is told of no cache that it could flush or switch.
+        """
         self.image = image
-        self.serial = serial.encode()[:_ID_SIZE]
+        self.serial = serial.encode()[:ID_SIZE]
         self._threads = trio.CapacityLimiter(THREADS)
         self._copies = trio.Semaphore(THREADS)
         self._counts = dict.fromkeys(BlkStatistics.__dataclass_fields__, 0)
         features = bits(
-            Feature.SEG_MAX, Feature.GEOMETRY, Feature.BLK_SIZE, Feature.FLUSH,
-            Feature.TOPOLOGY, Feature.CONFIG_WCE, Feature.MQ,
+            Feature.SEG_MAX, Feature.GEOMETRY, Feature.BLK_SIZE, Feature.TOPOLOGY,
+            Feature.MQ,
         )  # fmt: skip
+        if write_cache:
+            features |= bits(Feature.FLUSH, Feature.CONFIG_WCE)
         if image.read_only:
             features |= bits(Feature.RO)
         else:
-            features |= bits(Feature.DISCARD, Feature.WRITE_ZEROES)
+            features |= bits(Feature.WRITE_ZEROES)
+            features |= bits(Feature.DISCARD) if discard else 0
         config = ConfigSpace(FIELDS, latch=latch)
         super().__init__([queue_size] * queues, features=features, config=config)
-        self._fill_config()
+        self._fill_config(discard)
 
-    def _fill_config(self) -> None:
+    def _fill_config(self, discard: bool) -> None:
         block = self.image.block_size()
         values = {
             "seg_max": _SEGMENTS,
@@ -186,13 +162,16 @@ class VirtioBlk(VirtioDevice):
         }
         if not self.image.read_only:
             values |= {
-                "max_discard_sectors": _MAX_RANGE,
-                "max_discard_seg": _MAX_RANGES,
-                "discard_sector_alignment": block // SECTOR,
                 "max_write_zeroes_sectors": _MAX_RANGE,
                 "max_write_zeroes_seg": _MAX_RANGES,
-                "write_zeroes_may_unmap": 1,
+                "write_zeroes_may_unmap": int(discard),
             }
+            if discard:
+                values |= {
+                    "max_discard_sectors": _MAX_RANGE,
+                    "max_discard_seg": _MAX_RANGES,
+                    "discard_sector_alignment": block // SECTOR,
+                }
         self.change_config(**values)
         self.resized()
 
@@ -259,12 +238,12 @@ class VirtioBlk(VirtioDevice):
         self.complete_batch(queue.index, ring, done)
 
     def _parse(self, chain: Chain) -> _Job:
-        if chain.readable < _HEADER.size or chain.writable < 1:
+        if chain.readable < HEADER.size or chain.writable < 1:
             raise MalformedError("a request without room for its header or status")
-        kind, _, sector = _HEADER.unpack(chain.read(0, _HEADER.size))
+        kind, _, sector = HEADER.unpack(chain.read(0, HEADER.size))
         size = {
             Request.IN: chain.writable - 1,
-            Request.OUT: chain.readable - _HEADER.size,
+            Request.OUT: chain.readable - HEADER.size,
         }.get(kind, 0)
         if size % SECTOR or (size and sector + size // SECTOR > self.capacity):
             raise _RefusedError(Answer.IOERR)
@@ -278,30 +257,24 @@ class VirtioBlk(VirtioDevice):
             return self._give_id(job.chain)
         if job.size > INLINE_LIMIT:
             return None
-        if job.kind == Request.IN and self._at_once(job.chain.preadv, job, 0):
+        if job.kind == Request.IN and self._read_at_once(job):
             self._count("read", job.size)
             return job.size
-        cached = not job.durable and self.image.writes_at_once
-        if (
-            job.kind == Request.OUT
-            and cached
-            and self._at_once(job.chain.pwritev, job, _HEADER.size)
-        ):
-            self._count("written", job.size)
-            return 0
+        if job.kind == Request.OUT and not job.durable:
+            image, move = self.image, job.chain.pwritev
+            if image.write_at_once(move, job.offset, HEADER.size, job.size):
+                self._count("written", job.size)
+                return 0
         return None
 
-    def _at_once(self, move: Callable[..., int], job: _Job, at: int) -> bool:
-        """Move the data if the page cache has it (or room for it) without waiting.
-
-        A real error is found again, and reported, by the thread.
-        """
+    def _read_at_once(self, job: _Job) -> bool:
+        """Read if the page cache has it. A real error is found again by the thread."""
         fd = self.image.fileno()
         try:
-            return move(fd, job.offset, at, job.size, os.RWF_NOWAIT) == job.size
-        except OSError as error:
-            self.image.refused_at_once(error)
+            done = job.chain.preadv(fd, job.offset, 0, job.size, os.RWF_NOWAIT)
+        except OSError:
             return False
+        return done == job.size
 
     async def _work(self, queue: DeviceQueue, ring: LiveRing, job: _Job) -> None:
         answer, written = Answer.OK, 0
@@ -347,7 +320,7 @@ class VirtioBlk(VirtioDevice):
             async with self._copies:  # so that waiting writes hold no copy of the data
                 if not ring.alive:
                     return 0
-                data = job.chain.read(_HEADER.size + at, min(CHUNK, job.size - at))
+                data = job.chain.read(HEADER.size + at, min(CHUNK, job.size - at))
                 await trio.to_thread.run_sync(
                     self._write_chunk, job.offset + at, data, job.durable,
                     limiter=self._threads,
@@ -361,11 +334,12 @@ class VirtioBlk(VirtioDevice):
     async def _ranges(self, job: _Job) -> None:
         ranges = self._parse_ranges(job)
         discard = job.kind == Request.DISCARD
+        may_unmap = self.config.number("write_zeroes_may_unmap") == 1
         for sector, count, flags in ranges:
             await trio.to_thread.run_sync(
                 self._discard if discard else self._zero,
-                sector * SECTOR, count * SECTOR, bool(flags & _UNMAP), job.durable,
-                limiter=self._threads,
+                sector * SECTOR, count * SECTOR, may_unmap and flags & UNMAP != 0,
+                job.durable, limiter=self._threads,
             )  # fmt: skip
         self._counts["discards"] += discard
 
@@ -376,12 +350,12 @@ class VirtioBlk(VirtioDevice):
         )
         if not self.has(wanted):
             raise _RefusedError(Answer.UNSUPP)
-        size = job.chain.readable - _HEADER.size
-        if size == 0 or size % _RANGE.size or size > _RANGE.size * _MAX_RANGES:
+        size = job.chain.readable - HEADER.size
+        if size == 0 or size % RANGE.size or size > RANGE.size * _MAX_RANGES:
             raise _RefusedError(Answer.IOERR)
-        ranges = list(_RANGE.iter_unpack(job.chain.read(_HEADER.size, size)))
+        ranges = list(RANGE.iter_unpack(job.chain.read(HEADER.size, size)))
         for sector, count, flags in ranges:
-            if flags & ~(0 if wanted is Feature.DISCARD else _UNMAP):
+            if flags & ~(0 if wanted is Feature.DISCARD else UNMAP):
                 raise _RefusedError(Answer.UNSUPP)
             if not 0 < count <= _MAX_RANGE or sector + count > self.capacity:
                 raise _RefusedError(Answer.IOERR)
@@ -394,10 +368,10 @@ class VirtioBlk(VirtioDevice):
         self.image.write_zeroes(offset, size, unmap=unmap, durable=durable)
 
     def _give_id(self, chain: Chain) -> int:
-        if chain.writable < _ID_SIZE + 1:
+        if chain.writable < ID_SIZE + 1:
             raise _RefusedError(Answer.IOERR)
-        chain.write(0, self.serial.ljust(_ID_SIZE, b"\0"))
-        return _ID_SIZE
+        chain.write(0, self.serial.ljust(ID_SIZE, b"\0"))
+        return ID_SIZE
 
     def _answer(self, chain: Chain, answer: Answer, written: int) -> int:
         """Write the status byte; the number of bytes to give back."""

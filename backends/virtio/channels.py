@@ -7,19 +7,16 @@ who is there and slow holds up only this port.
 import contextlib
 import errno
 import os
-import select
 import socket
-import tty
 from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
 from vbus.errors import ExistsError, InvalidError
+from vbus.pty import Pty
 
 _CHUNK: Final = 4096
-_LOOK_S: Final = 0.2
-"""How often to look whether somebody opened the terminal: the kernel does not tell."""
 
 
 class Channel(Protocol):
@@ -76,65 +73,6 @@ class LogFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-class Pty:
-    """A pseudo-terminal in raw mode; open `path` to be the terminal."""
-
-    def __init__(self) -> None:
-        self.dropped = 0
-        self._fd, other = os.openpty()
-        try:
-            tty.setraw(other)
-            self.path = Path(os.ttyname(other))
-            os.set_blocking(self._fd, False)
-        finally:
-            os.close(other)  # from now on reading fails while nobody has it open
-
-    async def receive(self) -> bytes:
-        while True:
-            await trio.lowlevel.checkpoint()
-            try:
-                data = os.read(self._fd, _CHUNK)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._fd)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                await trio.sleep(_LOOK_S)
-            else:
-                return data
-
-    async def send(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            await trio.lowlevel.checkpoint()
-            if not self._somebody():
-                self.dropped += len(rest)
-                return
-            try:
-                rest = rest[os.write(self._fd, rest) :]
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._fd)
-
-    def send_now(self, data: bytes) -> None:
-        sent = 0
-        if self._somebody():
-            with contextlib.suppress(BlockingIOError):
-                sent = os.write(self._fd, data)
-        self.dropped += len(data) - sent
-
-    def _somebody(self) -> bool:
-        look = select.poll()
-        look.register(self._fd, select.POLLOUT)
-        return not any(events & select.POLLHUP for _, events in look.poll(0))
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            with contextlib.suppress(RuntimeError):  # no trio run, so no task waits
-                trio.lowlevel.notify_closing(fd)
-            os.close(fd)
 
 
 class UnixSocket:
@@ -198,3 +136,6 @@ class UnixSocket:
             self._listener.close()
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
+
+
+__all__ = ["Channel", "LogFile", "Pty", "UnixSocket"]

@@ -8,7 +8,6 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 import trio
@@ -25,32 +24,10 @@ from backends.virtio.device import (
     VirtioDevice,
 )
 from vbus.errors import InvalidError, NotFoundError
+from vbus.virtio.console import CONTROL_IN, CONTROL_OUT, MESSAGE, Event, Feature
 
 _CHUNK: Final = 64 << 10
-_CONTROL_IN, _CONTROL_OUT = 2, 3
-_MESSAGE: Final = struct.Struct("<IHH")
 MAX_PORTS: Final = 31
-
-
-class Feature(IntEnum):
-    """Bit numbers (5.3.3)."""
-
-    SIZE = 0
-    MULTIPORT = 1
-    EMERG_WRITE = 2
-
-
-class Event(IntEnum):
-    """Control messages (5.3.6.2)."""
-
-    DEVICE_READY = 0
-    PORT_ADD = 1
-    PORT_REMOVE = 2
-    PORT_READY = 3
-    CONSOLE_PORT = 4
-    RESIZE = 5
-    PORT_OPEN = 6
-    PORT_NAME = 7
 
 
 FIELDS: Final = (
@@ -86,7 +63,7 @@ class ConsoleStatistics:
 
 
 def _port_of(queue: int) -> int:
-    return 0 if queue < _CONTROL_IN else queue // 2 - 1
+    return 0 if queue < CONTROL_IN else queue // 2 - 1
 
 
 class VirtioConsole(VirtioDevice):
@@ -153,9 +130,9 @@ class VirtioConsole(VirtioDevice):
 
     async def drive(self, queue: DeviceQueue, ring: LiveRing) -> None:
         index = queue.index
-        if index >= _CONTROL_IN and not self.multiport:
+        if index >= CONTROL_IN and not self.multiport:
             await trio.sleep_forever()
-        elif index == _CONTROL_IN:
+        elif index == CONTROL_IN:
             await self._tell(queue, ring)
         elif index % 2 == 0:
             await self._input(queue, ring, _port_of(index))
@@ -166,7 +143,7 @@ class VirtioConsole(VirtioDevice):
         self, queue: DeviceQueue, ring: LiveRing, chains: Sequence[Chain]
     ) -> None:
         for chain in chains:
-            if queue.index == _CONTROL_OUT:
+            if queue.index == CONTROL_OUT:
                 self._hear(chain)
                 await trio.lowlevel.checkpoint()
             else:
@@ -206,9 +183,9 @@ class VirtioConsole(VirtioDevice):
     # Control (5.3.6.2)
 
     def _hear(self, chain: Chain) -> None:
-        if chain.readable < _MESSAGE.size:
+        if chain.readable < MESSAGE.size:
             raise MalformedError("a control message that is too short")
-        number, event, value = _MESSAGE.unpack(chain.read(0, _MESSAGE.size))
+        number, event, value = MESSAGE.unpack(chain.read(0, MESSAGE.size))
         if event == Event.DEVICE_READY:
             for each in range(len(self.ports)) if value else ():
                 self._send(each, Event.PORT_ADD, 1)
@@ -251,7 +228,7 @@ class VirtioConsole(VirtioDevice):
     def _send(self, port: int, event: Event, value: int, data: bytes = b"") -> None:
         # A driver that asks without taking answers must not fill our memory.
         if len(self._outbox) < 8 * len(self.ports) + 64:
-            self._outbox.append(_MESSAGE.pack(port, event, value) + data)
+            self._outbox.append(MESSAGE.pack(port, event, value) + data)
             self._mail.set(True)
 
     async def _tell(self, queue: DeviceQueue, ring: LiveRing) -> None:

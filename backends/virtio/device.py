@@ -93,6 +93,9 @@ class VirtioDevice:
         self._own = closed(features, self.dependencies) | RING_FEATURES
         self.offered = self._own
         """The device's features and the transport's."""
+        self.spin_us = 0.0
+        """How long at most a queue looks for requests before it sleeps: a transport's
+        to set."""
         self.legacy = False
         """A transport sets it, before DRIVER_OK, for a driver that speaks legacy."""
         self.status = Status(0)
@@ -341,7 +344,7 @@ class VirtioDevice:
         except VbusError as error:
             self.fail(f"queue {queue.index}: {error}")
         else:
-            queue.start(core)
+            queue.start(core, self.spin_us)
 
     def _stop(self) -> None:
         self._live.set(False)

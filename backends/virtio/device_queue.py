@@ -4,6 +4,7 @@ A reset takes the ring away at once. Work that still holds a `LiveRing` (a disk 
 not answered yet) finds it closed: it must not touch the driver's memory any more.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,10 @@ import trio
 from backends.venet.flag import Flag
 from backends.virtio.constants import QUEUE_SIZE_LIMIT
 from backends.virtio.queue import Chain, RingAddresses, VirtQueue
+from ioq.aio import AdaptiveSpin
 from vbus.errors import BusyError, InvalidError, ProtocolError
+
+SPIN_BATCH = 16
 
 
 class MalformedError(ProtocolError):
@@ -37,8 +41,11 @@ class QueueSetup:
 class LiveRing:
     """A ring in use, until the queue or the device is reset."""
 
-    def __init__(self, core: VirtQueue) -> None:
+    def __init__(self, core: VirtQueue, spin_us: float = 0) -> None:
+        """`spin_us`: how long at most to look for requests before sleeping."""
         self._core = core
+        self._spin = AdaptiveSpin(spin_us) if spin_us else None
+        self._ahead: Sequence[Chain] = ()
         self._kicked = trio.Event()
         self._alive = True
         core.disable_kicks()
@@ -58,7 +65,12 @@ class LiveRing:
 
     def pop(self, limit: int) -> Sequence[Chain]:
         """Take requests, as many as there are. Raises VirtQueueError."""
-        return self._core.pop_batch(limit) if self._alive else ()
+        if not self._alive:
+            return ()
+        if self._ahead:
+            found, self._ahead = self._ahead, ()
+            return found
+        return self._core.pop_batch(limit)
 
     def push(self, done: Sequence[tuple[Chain, int]]) -> None:
         """Give requests back with the number of bytes written into each."""
@@ -72,7 +84,22 @@ class LiveRing:
     async def wait(self) -> None:
         """Wait until there may be a request; a checkpoint."""
         self._kicked = trio.Event()
-        if self._core.enable_kicks():
+        if self._spin is not None:
+            began = time.perf_counter_ns()
+            if not await self._spin.look(self._look) or not self._alive:
+                await self._sleep()
+            self._spin.learn(time.perf_counter_ns() - began)
+        else:
+            await self._sleep()
+
+    def _look(self, duration_ns: int) -> bool:
+        end = time.perf_counter_ns() + duration_ns
+        while self._alive and not self._ahead and time.perf_counter_ns() < end:
+            self._ahead = self._core.pop_batch(SPIN_BATCH)
+        return bool(self._ahead) or not self._alive
+
+    async def _sleep(self) -> None:
+        if not self._alive or self._core.enable_kicks():
             await trio.lowlevel.checkpoint()
         else:
             await self._kicked.wait()
@@ -130,7 +157,7 @@ class DeviceQueue:
         self.enabled = False
         self.setup = QueueSetup(self.max_size)
 
-    def start(self, core: VirtQueue) -> None:
+    def start(self, core: VirtQueue, spin_us: float = 0) -> None:
         """Serve it."""
-        self.ring = LiveRing(core)
+        self.ring = LiveRing(core, spin_us)
         self.serving.set(True)

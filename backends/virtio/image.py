@@ -8,11 +8,14 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import stat
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from vbus.errors import (
     BusyError,
@@ -20,8 +23,9 @@ from vbus.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from vbus.virtio.blk import SECTOR
 
-SECTOR: Final = 512
+_PAGE: Final = 4096
 _BLKGETSIZE64: Final = 0x80081272
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _ZEROES: Final = bytes(1 << 20)
@@ -63,6 +67,47 @@ def _open(path: Path, read_only: bool) -> int:
         raise PermissionDeniedError(f"{path}: {error.strerror}") from None
 
 
+def _sleeps() -> int:
+    """Count how often this thread waited for something so far."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+class Move(Protocol):
+    """Moves `size` bytes between a chain, from `at` on, and a file, as `pwritev`."""
+
+    def __call__(
+        self, fd: int, offset: int, at: int, size: int, flags: int, /
+    ) -> int: ...
+
+
+class Pace:
+    """Whether to go on with what waits now and then: not soon after it did.
+
+    A pause is twice as long as the last one, and short again once all went well.
+    """
+
+    SLOW_S = 0.005
+    FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pause_s = 0.0
+        self._until = float("-inf")
+
+    def good(self) -> bool:
+        """May it be tried?"""
+        return self._clock() >= self._until
+
+    def learn(self, seconds: float) -> None:
+        """It took so long."""
+        if seconds < self.SLOW_S:
+            self._pause_s = 0.0
+            return
+        longer = min(2 * self._pause_s, self.LONGEST_PAUSE_S)
+        self._pause_s = max(self.FIRST_PAUSE_S, longer)
+        self._until = self._clock() + self._pause_s
+
+
 class DiskImage:
     """An open image, locked against a second writer; a last part sector is left out."""
 
@@ -88,7 +133,9 @@ class DiskImage:
             os.close(self._fd)
             raise
         self.is_block_device = stat.S_ISBLK(kind)
-        self.writes_at_once = not read_only
+        self._can_refuse = True
+        """RWF_NOWAIT writes work: the kernel says so when one would have to wait."""
+        self._pace = Pace()
 
     def sectors(self) -> int:
         """Ask for the size, in sectors of 512 bytes."""
@@ -105,10 +152,29 @@ class DiskImage:
         """The fd, still owned by the image; -1 once closed."""
         return self._fd
 
-    def refused_at_once(self, error: OSError) -> None:
-        """Remember that the file system cannot write with RWF_NOWAIT."""
-        if error.errno == errno.EOPNOTSUPP:
-            self.writes_at_once = False
+    def write_at_once(self, move: Move, offset: int, at: int, size: int) -> bool:
+        """Have `move` write whole pages if the page cache takes them: did it?
+
+        Where the file system cannot say that it would have to wait (ext4, tmpfs), a
+        write is tried; one that did wait sends the following ones elsewhere for a
+        while. An error is found again by who writes then.
+        """
+        flags = os.RWF_NOWAIT
+        if not self._can_refuse:
+            if offset % _PAGE or size % _PAGE or not self._pace.good():
+                return False
+            flags = 0
+        began, slept = time.monotonic(), _sleeps()
+        try:
+            return move(self._fd, offset, at, size, flags) == size
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and not self.is_block_device:
+                self._can_refuse = False
+            return False
+        finally:
+            if not flags:
+                waited = _sleeps() != slept  # not only lost the core to others
+                self._pace.learn(time.monotonic() - began if waited else 0)
 
     def read(self, offset: int, size: int) -> bytes:
         """Read; zeros where the file became shorter than the disk was."""

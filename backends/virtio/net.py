@@ -26,12 +26,11 @@ from backends.virtio.device import (
 )
 from backends.virtio.netcontrol import answer
 from backends.virtio.netfilter import ReceiveFilter
-from backends.virtio.netheader import Feature
 from backends.virtio.uso import Frame
 from vbus.errors import InvalidError, VbusError
 from vbus.net import BATCH, FrameBatch, MacAddress
+from vbus.virtio.net import HEADER, LINK_UP, Feature
 
-LINK_UP: Final = 1
 MAX_PAIRS: Final = 16
 
 FIELDS: Final = (
@@ -188,7 +187,7 @@ class VirtioNet(VirtioDevice):
     def header_size(self) -> int:
         """Bytes before a frame; a legacy driver without MRG_RXBUF has fewer."""
         modern = self.has(Ring.VERSION_1) or self.has(Feature.MRG_RXBUF)
-        return netheader.HEADER.size if modern else netheader.LEGACY_SIZE
+        return HEADER.size if modern else netheader.LEGACY_SIZE
 
     @property
     def control_index(self) -> int:

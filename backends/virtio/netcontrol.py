@@ -4,9 +4,9 @@ import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from backends.virtio.netheader import Feature
 from vbus.errors import InvalidError, VbusError
 from vbus.net import MacAddress
+from vbus.virtio.net import Feature
 
 if TYPE_CHECKING:
     from backends.virtio.net import VirtioNet

@@ -30,10 +30,19 @@ class RingAddresses(NamedTuple):
     @classmethod
     def legacy(cls, page_frame: int, size: int) -> Self:
         """Give the addresses in the one area that a legacy driver names (2.7.2)."""
-        desc = page_frame * _PAGE
-        driver = desc + _DESCRIPTOR * size
+        return cls.contiguous(page_frame * _PAGE, size)
+
+    @classmethod
+    def contiguous(cls, address: int, size: int, alignment: int = _PAGE) -> Self:
+        """Give the addresses in one area whose used ring is aligned so.
+
+        Raises InvalidError unless the alignment is a power of two from 4.
+        """
+        if alignment < 4 or alignment & (alignment - 1):
+            raise InvalidError(f"a ring cannot be aligned to {alignment}")
+        driver = address + _DESCRIPTOR * size
         end = driver + 2 * (3 + size)
-        return cls(desc, driver, -(-end // _PAGE) * _PAGE)
+        return cls(address, driver, -(-end // alignment) * alignment)
 
 
 @dataclass(frozen=True)

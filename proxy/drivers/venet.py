@@ -5,12 +5,10 @@ between the rings and a TAP in this process's network namespace, up to 64 KiB ea
 where no TAP may be made, come from and go to a generator of frames.
 """
 
-import os
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import trio
@@ -18,7 +16,7 @@ import trio
 from ioq import Ring
 from proxy.device import DeviceProxy, SharedMemory
 from proxy.drivers.frames import ExchangeStatistics, FrameExchange
-from proxy.linux.devices import load_module
+from proxy.drivers.tap import have_tun, interface_name
 from proxy.memory import DmaBuffer
 from shm import View
 from vbus.errors import InvalidError, VbusError
@@ -45,9 +43,7 @@ EVENT_SIZE = 24
 ARENA_SIZE = 2 << 20
 PAGE_SIZE = 16 << 10
 ETHERNET_HEADER = 14
-_NAME_LIMIT = 15
 _LINE = 64
-_TUN = Path("/dev/net/tun")
 
 _CAPABILITIES = struct.Struct("<II")
 _EVENT_QUERY = struct.Struct("<IIII16x")
@@ -77,17 +73,6 @@ class VenetStatistics:
     frames: GuestStatistics | None
     tap: TapStatistics | None
     exchange: ExchangeStatistics | None
-
-
-def interface_name(device: str) -> str:
-    """Name the interface as its device; if that is too long, let the kernel number."""
-    return check_name(device) if len(device) <= _NAME_LIMIT else "venet%d"
-
-
-def _have_tun() -> None:
-    """Load the module of TAP interfaces, where this is ours to do and not done."""
-    if not _TUN.exists() and os.geteuid() == 0:
-        load_module("tun")
 
 
 class VenetDriver:
@@ -127,7 +112,7 @@ class VenetDriver:
                 self._exchange = FrameExchange(pump, self.mac)
                 await self._up(pump, None, started)
             else:
-                await trio.to_thread.run_sync(_have_tun)
+                await trio.to_thread.run_sync(have_tun)
                 with Tap(self._ifname, offload=bool(self._tx_bits & SG)) as self.tap:
                     self.tap.configure(
                         mac=self.mac,

@@ -39,7 +39,13 @@ def test_run_says_that_there_is_none_at_an_address() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--device", "/run/g1.sock"), ("g1.sock", "--device", "00:04.0")]
+    "words",
+    [
+        ("--device", "/run/g1.sock"),
+        ("g1.sock", "--device", "00:04.0"),
+        ("g1.sock", "--set", "nbd=/run/disk0"),
+        ("g1.sock", "--set", "disk0.nbd"),
+    ],
 )
 def test_wrong_use_is_told(words: tuple[str, ...]) -> None:
     done = vbus("run", *words)

@@ -9,7 +9,8 @@ import pytest
 
 from backends.venet import Switch, Venet, VenetLoopback
 from proxy.bridge import BridgeDriver
-from proxy.drivers.venet import VenetDriver, interface_name
+from proxy.drivers.tap import interface_name
+from proxy.drivers.venet import VenetDriver
 from proxy.guest import attach
 from proxy.registry import DriverHost, State
 from proxy.tasks import beside

@@ -223,8 +223,8 @@ async def test_devices_that_use_each_other_do_not_keep_it_from_stopping(
     LOG.clear()
     with trio.fail_after(5):
         async with running(tmp_path, ONE_BUS + device("free")) as daemon:
-            one = daemon.add_device("one", "plain", {})
-            daemon.add_device("two", "plain", {"uses": "one"})
+            one = await daemon.add_device("one", "plain", {})
+            await daemon.add_device("two", "plain", {"uses": "one"})
             one.host.device("two")
     assert LOG == ["free"]
     assert "they use each other: one, two" in caplog.text
@@ -310,10 +310,10 @@ async def test_a_device_that_cannot_be_linked_is_not_left_behind(
 ) -> None:
     async with running(tmp_path) as daemon:
         with pytest.raises(NotFoundError, match="no bus"):
-            daemon.add_device("d0", "plain", {}, ["bus0", "nonesuch"])
+            await daemon.add_device("d0", "plain", {}, ["bus0", "nonesuch"])
         assert daemon.model.devices == {}
         with pytest.raises(ExistsError, match="already"):
-            daemon.add_device("d0", "plain", {}, ["bus0", "bus0"])
+            await daemon.add_device("d0", "plain", {}, ["bus0", "bus0"])
         assert daemon.model.devices == {}
         assert not daemon.model.bus("bus0").interfaces
 
@@ -323,11 +323,11 @@ async def test_watchers_are_told_every_change(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
         told: list[Happening] = []
         unwatch = daemon.watch(told.append)
-        daemon.add_device("d0", "plain", {}, ["bus0"])
+        await daemon.add_device("d0", "plain", {}, ["bus0"])
         await daemon.add_guest(GuestConfig("g2", "bus0"))
         assert await echoed(daemon, "d0", "g2")
         await daemon.remove_guest("g2")
-        daemon.remove_device("d0")
+        await daemon.remove_device("d0")
         unwatch()
         daemon.model.add_bus("bus1")
         assert told == [
@@ -349,19 +349,19 @@ async def test_the_task_of_a_device_lives_as_long_as_the_device(
     tmp_path: Path,
 ) -> None:
     async with running(tmp_path) as daemon:
-        working = daemon.add_device("w0", "working", {}, ["bus0"])
+        working = await daemon.add_device("w0", "working", {}, ["bus0"])
         assert isinstance(working, Working)
         with trio.fail_after(5):
             await working.started.wait()
-            daemon.remove_device("w0")
+            await daemon.remove_device("w0")
             await working.cancelled.wait()
 
 
 async def test_a_device_removed_before_its_task_ran_gets_none(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
-        first = daemon.add_device("w0", "working", {})
-        daemon.remove_device("w0")
-        second = daemon.add_device("w0", "working", {})
+        first = await daemon.add_device("w0", "working", {})
+        await daemon.remove_device("w0")
+        second = await daemon.add_device("w0", "working", {})
         assert isinstance(first, Working)
         assert isinstance(second, Working)
         with trio.fail_after(5):
@@ -378,7 +378,7 @@ async def test_a_device_whose_task_fails_leaves_its_bus_and_nothing_else_ends(
         unwatch = daemon.watch(
             lambda about: failed.set() if about["event"] == "device-failed" else None
         )
-        working = daemon.add_device("w0", "working", {}, ["bus0"])
+        working = await daemon.add_device("w0", "working", {}, ["bus0"])
         assert isinstance(working, Working)
         async with attach(socket_of(daemon), memory_mib=4) as bridge:
             proxy = await bridge.device("w0")
@@ -391,7 +391,7 @@ async def test_a_device_whose_task_fails_leaves_its_bus_and_nothing_else_ends(
         unwatch()
         assert [interface.name for interface in _interfaces(daemon)] == ["d0"]
         assert "ZeroDivisionError: a bug of the device" in caplog.text
-        daemon.remove_device("w0")
+        await daemon.remove_device("w0")
 
 
 def _interfaces(daemon: Daemon) -> list[Any]:

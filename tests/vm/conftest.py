@@ -45,7 +45,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report  # type: ignore[no-any-return, return-value]
 
 
-def _needed(make: Callable[[], T]) -> T:
+def needed(make: Callable[[], T]) -> T:
     try:
         return make()
     except (VbusError, OSError) as error:
@@ -57,13 +57,13 @@ def _needed(make: Callable[[], T]) -> T:
 @pytest.fixture(scope="session")
 def emulator() -> qemu.Qemu:
     """A QEMU that has the vfio-user client, fetched if there is none."""
-    return _needed(qemu.fetch)
+    return needed(qemu.fetch)
 
 
 @pytest.fixture(scope="session")
 def image() -> GuestImage:
     """The guest with the working tree in it."""
-    return _needed(images.cached)
+    return needed(images.cached)
 
 
 @pytest.fixture

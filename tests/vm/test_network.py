@@ -1,18 +1,12 @@
 """Two virtual machines and a host-process guest on one switch, and the host beside."""
 
-import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 
-import trio
-
 from tests.netns import isolated
-from tests.system.served import Served
+from tests.transfer import SIZE, here, process_guest, transfer
 from tests.vm.conftest import Boot, Daemon
-from tests.vm.test_guest_run import MB, running, statistics, told
+from tests.vm.test_guest_run import running, statistics, told
 from vbus.vm.channel import GuestProcess
 from vbus.vm.machine import VirtualMachine
 
@@ -43,64 +37,6 @@ bus = "{name}"
 """
     for name in ADDRESSES
 )
-SIZE = 256 * MB
-PORT = 5301
-WITHIN_S = 120
-
-Call = Callable[..., Awaitable[str]]
-
-
-def send(host: str, port: int, size: int) -> str:
-    """Send so many bytes, and give their checksum. Runs anywhere, alone."""
-    import os
-    import socket
-    import time
-    import zlib
-
-    block, state = os.urandom(1 << 20), 0
-    end = time.monotonic() + 30
-    while True:
-        try:
-            sock = socket.create_connection((host, port), 5)
-            break
-        except OSError:  # the sink is about to listen
-            if time.monotonic() > end:
-                raise
-    with sock:
-        for number in range(size >> 20):
-            part = number.to_bytes(8, "little") + block[8:]
-            state = zlib.crc32(part, state)
-            sock.sendall(part)
-    return f"{size} {state:08x}"
-
-
-def receive(port: int) -> str:
-    """Take one connection to its end; bytes and checksum. Runs anywhere, alone."""
-    import socket
-    import zlib
-
-    state = size = 0
-    with socket.create_server(("", port)) as server:
-        server.settimeout(60)
-        sock, _ = server.accept()
-        with sock:
-            while part := sock.recv(1 << 20):
-                state = zlib.crc32(part, state)
-                size += len(part)
-    return f"{size} {state:08x}"
-
-
-async def here(
-    function: Callable[..., str], *arguments: object, prefix: tuple[str, ...] = ()
-) -> str:
-    """Run a function in a process of the host."""
-    call = (
-        "import sys, json; from tests.vm import test_network as m;"
-        "print(getattr(m, sys.argv[1])(*json.loads(sys.argv[2])))"
-    )
-    words = [*prefix, sys.executable, "-c", call, function.__name__]
-    done = await trio.run_process([*words, json.dumps(arguments)], capture_stdout=True)
-    return done.stdout.decode().strip()
 
 
 async def in_vm(
@@ -108,56 +44,6 @@ async def in_vm(
 ) -> str:
     result: str = await vm.python(function, *arguments)
     return result
-
-
-@asynccontextmanager
-async def process_guest(served: Served, name: str) -> AsyncIterator[tuple[str, ...]]:
-    """A host-process guest in a network of its own; gives how to run things there."""
-    words = ("guest", "run", str(served.socket(name)), "--json")
-    address = f"net-{name}={ADDRESSES[name]}/24"
-    process = await trio.lowlevel.open_process(
-        [
-            "unshare",
-            "--net",
-            sys.executable,
-            "-m",
-            "vbus",
-            *words,
-            "--address",
-            address,
-        ],
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        said = b""
-        with trio.fail_after(30):
-            while b'"running"' not in said:
-                said += await process.stdout.receive_some()
-        yield ("nsenter", "--target", str(process.pid), "--net")
-    finally:
-        process.terminate()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-            assert process.stdout is not None
-            await process.stdout.aclose()
-
-
-async def transfer(source: Call, sink: Call, address: str, what: str) -> None:
-    """256 MB arrive whole."""
-    sums: dict[str, str] = {}
-
-    async def take() -> None:
-        sums["received"] = await sink(receive, PORT)
-
-    began = trio.current_time()
-    with trio.fail_after(WITHIN_S):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(take)
-            sums["sent"] = await source(send, address, PORT, SIZE)
-    seconds = trio.current_time() - began
-    print(f"{what}: {SIZE * 8 / seconds / 1e9:.2f} Gbit/s with checksums at both ends")
-    assert sums["received"] == sums["sent"]
 
 
 async def bytes_per_frame(
@@ -188,7 +74,7 @@ async def every_pair(served: Served, boot: Boot) -> None:
     async with (
         boot(served.socket("vm1")) as vm1,
         boot(served.socket("vm2"), iommu=None) as vm2,
-        process_guest(served, "p3") as prefix,
+        process_guest(served, "p3", f"net-p3={ADDRESSES['p3']}/24") as prefix,
         running(vm1, "--address", f"net-vm1={ADDRESSES['vm1']}/24") as first,
         running(vm2, "--address", f"net-vm2={ADDRESSES['vm2']}/24") as second,
     ):

@@ -1,13 +1,21 @@
 """`vbus bus|class|device|guest`: look at what the daemon has, and change it."""
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from vbus.cli import Tree
 from vbus.cli.asking import act, as_json, ask, print_json, print_table, settings
+from vbus.config import Expose
 
 _one_name = click.argument("name", required=False)
+
+
+def _print_since_attach(shown: dict[str, Any]) -> None:
+    print_table(
+        ("since it attached", "count"),
+        [(key, str(value)) for key, value in shown["since_attach"].items()],
+    )
 
 
 def _links(shown: dict[str, Any]) -> str:
@@ -104,12 +112,30 @@ def device() -> None:
 @click.argument("name")
 @click.option("--class", "class_name", required=True, help="What to make it of.")
 @click.option("--bus", "buses", multiple=True, help="Put it on this bus.")
+@click.option(
+    "--expose",
+    type=click.Choice(get_args(Expose)),
+    default="bridge",
+    show_default=True,
+    help="Behind the bridge of guests, or as a PCI function of its own.",
+)
+@click.option("--layout", help="The function's registers; modern by default.")
+@click.option("--uid", type=click.IntRange(0), help="The user of its socket.")
+@click.option(
+    "--spin-us",
+    type=click.FloatRange(0),
+    help="How long its queues look for requests before they sleep.",
+)
 @click.argument("attributes", nargs=-1, metavar="[KEY=VALUE]...")
 @as_json
 def device_add(
     name: str,
     class_name: str,
     buses: tuple[str, ...],
+    expose: str,
+    layout: str | None,
+    uid: int | None,
+    spin_us: float | None,
     attributes: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -119,6 +145,10 @@ def device_add(
         name=name,
         class_name=class_name,
         buses=buses,
+        expose=expose,
+        layout=layout,
+        uid=uid,
+        spin_us=spin_us,
         attributes=settings(attributes),
         as_json=as_json,
     )
@@ -181,6 +211,26 @@ def device_show(name: str | None, as_json: bool) -> None:
             for one in shown
         ],
     )
+    functions = [one for one in shown if one["expose"] == "pci"]
+    if functions:
+        _print_functions(functions)
+        if name is not None:
+            _print_since_attach(shown[0])
+
+
+def _print_functions(functions: list[dict[str, Any]]) -> None:
+    print_table(
+        ("function", "layout", "attached", "socket"),
+        [
+            (
+                one["name"],
+                one["layout"],
+                "yes" if one["attached"] else "no",
+                one["socket"],
+            )
+            for one in functions
+        ],
+    )
 
 
 @click.group(cls=Tree, place="guest")
@@ -235,7 +285,4 @@ def guest_show(name: str | None, as_json: bool) -> None:
         ],
     )
     if name is not None:
-        print_table(
-            ("since it attached", "count"),
-            [(key, str(value)) for key, value in shown[0]["since_attach"].items()],
-        )
+        _print_since_attach(shown[0])

@@ -1,8 +1,12 @@
-"""`vbus guest qemu-args NAME`: what to give a QEMU so that it is that guest."""
+"""`vbus guest|device qemu-args NAME`: what to give a QEMU so that it has a function.
+
+A guest's is the bridge; a device's is its own, where it is exposed so.
+"""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
 
@@ -12,10 +16,7 @@ from vbus.vm import accelerator, arguments, qemu
 from vbus.vm.arguments import Iommu
 from vbus.vm.image import GuestImage
 
-
-@click.command("qemu-args")
-@click.argument("name")
-@click.option(
+_memory = click.option(
     "--memory",
     "memory_mib",
     type=click.IntRange(arguments.MIN_MEMORY_MIB),
@@ -23,13 +24,26 @@ from vbus.vm.image import GuestImage
     show_default=True,
     help="The guest's memory in MiB.",
 )
-@click.option(
-    "--iommu",
-    type=click.Choice(["intel", "virtio", "none"]),
-    default="intel",
-    show_default=True,
-    help="The guest's IOMMU; without one there are no MSIs in its user space.",
-)
+
+
+def _iommu(default: str) -> Callable[[Any], Any]:
+    return click.option(
+        "--iommu",
+        type=click.Choice(["intel", "virtio", "none"]),
+        default=default,
+        show_default=True,
+        help="The guest's IOMMU; without one there are no MSIs in its user space.",
+    )
+
+
+def _unit(iommu: str) -> Iommu | None:
+    return None if iommu == "none" else cast(Iommu, iommu)
+
+
+@click.command("qemu-args")
+@click.argument("name")
+@_memory
+@_iommu("intel")
 @click.option(
     "--boot",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -38,11 +52,34 @@ from vbus.vm.image import GuestImage
 def qemu_args(name: str, memory_mib: int, iommu: str, boot: Path | None) -> None:
     """Print QEMU's options for the guest NAME, ready to paste."""
     socket = Path(ask("guest.show", name=name)[0]["socket"]).absolute()
-    unit = None if iommu == "none" else cast(Iommu, iommu)
+    unit = _unit(iommu)
     if boot is None:
         words = arguments.bridge_arguments(socket, memory_mib, unit)
     else:
         words = _command(boot, socket, memory_mib, unit)
+    click.echo(shlex.join(words))
+
+
+@click.command("qemu-args")
+@click.argument("name")
+@_memory
+@_iommu("none")
+@click.option(
+    "--add",
+    is_flag=True,
+    help="Only the device: memory and IOMMU are on the command line already.",
+)
+def device_qemu_args(name: str, memory_mib: int, iommu: str, add: bool) -> None:
+    """Print QEMU's options for the device NAME, if it is exposed by pci."""
+    shown = ask("device.show", name=name)[0]
+    if shown["expose"] != "pci":
+        raise InvalidError(f"{name} is not exposed by pci: its guests have qemu-args")
+    socket = Path(shown["socket"]).absolute()
+    ident = f"vbus-{name}"
+    if add:
+        words = arguments.bridge_device(socket, ident)
+    else:
+        words = arguments.bridge_arguments(socket, memory_mib, _unit(iommu), ident)
     click.echo(shlex.join(words))
 
 

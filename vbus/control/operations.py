@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vbus.config import GuestConfig
+from vbus.config import Expose, GuestConfig, SpinUs, Uid, exposure
 from vbus.control.show import (
     show_buses,
     show_class,
@@ -52,6 +52,10 @@ class AddDevice(_Args, frozen=True):
     class_name: str
     buses: tuple[str, ...] = ()
     attributes: dict[str, Any] = {}
+    expose: Expose = "bridge"
+    layout: str | None = None
+    uid: Uid | None = None
+    spin_us: SpinUs | None = None
 
 
 class SetAttributes(_Args, frozen=True):
@@ -88,13 +92,16 @@ def _class_show(daemon: "Daemon", args: MaybeName) -> object:
     return show_classes(daemon.model)
 
 
-def _device_add(daemon: "Daemon", args: AddDevice) -> object:
-    device = daemon.add_device(args.name, args.class_name, args.attributes, args.buses)
+async def _device_add(daemon: "Daemon", args: AddDevice) -> object:
+    shown = exposure(args.expose, args.buses, args.layout, args.uid, args.spin_us)
+    device = await daemon.add_device(
+        args.name, args.class_name, args.attributes, args.buses, shown
+    )
     return show_devices(daemon, [device])[0]
 
 
-def _device_remove(daemon: "Daemon", args: Name) -> object:
-    daemon.remove_device(args.name)
+async def _device_remove(daemon: "Daemon", args: Name) -> object:
+    await daemon.remove_device(args.name)
     return {"name": args.name}
 
 
@@ -113,7 +120,7 @@ def _device_show(daemon: "Daemon", args: MaybeName) -> object:
 
 
 def _link(daemon: "Daemon", args: Link) -> object:
-    interface = daemon.model.link(args.bus, args.device)
+    interface = daemon.link(args.bus, args.device)
     return {"bus": args.bus, "device": args.device, "id": interface.id}
 
 

@@ -15,6 +15,7 @@ from vbus.attributes import REQUIRED
 from vbus.bus import Bus, BusModel
 from vbus.device import Device
 from vbus.errors import NotFoundError
+from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
 from vbus.pci.constants import Irq
 
@@ -93,9 +94,23 @@ def show_devices(daemon: "Daemon", devices: Iterable[Device]) -> list[Shown]:
                 name: plain(device.get_attribute(name)) for name in device.attributes
             },
             "connections": sorted(one.guest for one in device.connections),
+            **_exposure(daemon.exposed.get(device.name)),
         }
         for device in devices
     ]
+
+
+def _exposure(exposed: ExposedDevice | None) -> Shown:
+    """Say how a device is shown; the function's part only where there is one."""
+    if exposed is None:
+        return {"expose": "bridge"}
+    return {
+        "expose": "pci",
+        "layout": exposed.config.layout,
+        "socket": str(exposed.path),
+        "attached": exposed.server.attached,
+        "since_attach": plain(exposed.server.client_statistics()),
+    }
 
 
 def show_guest(guest: Guest) -> Shown:
@@ -122,6 +137,14 @@ def statistics(daemon: "Daemon", path: str) -> object:
         "daemon": _daemon_statistics,
         "devices": {
             name: device.statistics for name, device in daemon.model.devices.items()
+        },
+        "functions": {
+            name: {
+                "function": exposed.function.statistics,
+                "server": exposed.server.statistics,
+                "memory": exposed.function.memory.statistics,
+            }
+            for name, exposed in daemon.exposed.items()
         },
         "guests": {
             guest.name: {

@@ -100,14 +100,18 @@ class Msix:
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """A vendor-specific capability: read-only bytes after its length byte."""
+    """A vendor-specific capability: bytes after its length byte.
+
+    `writable` has the bits that a guest may change; what it lacks is read-only.
+    """
 
     data: bytes
+    writable: bytes = b""
 
     def body(self) -> tuple[bytes, bytes]:
         """Give what follows the two header bytes, and its write mask."""
         length = _U8.pack(3 + len(self.data))
-        return length + self.data, bytes(1 + len(self.data))
+        return length + self.data, b"\0" + self.writable.ljust(len(self.data), b"\0")
 
     @property
     def id(self) -> int:
@@ -147,6 +151,7 @@ class ConfigSpace:
         self.interrupt_pin = interrupt_pin
         self.msi: Msi | None = None
         self.msix: Msix | None = None
+        self._offsets: list[tuple[Msi | Msix | Vendor, int]] = []
         self._initial = bytearray(CONFIG_SIZE)
         self._writable = bytearray(CONFIG_SIZE)
         self._build_head(identity)
@@ -173,6 +178,20 @@ class ConfigSpace:
     def command(self) -> Command:
         """The command register."""
         return Command(self._read_u16(Offset.COMMAND))
+
+    @property
+    def msix_enabled(self) -> bool:
+        """The enable bit of MSI-X; False without such a capability."""
+        if self.msix is None:
+            return False
+        return bool(self._read_u16(self.offset_of(self.msix) + 2) & MSIX_ENABLE)
+
+    def offset_of(self, capability: Msi | Msix | Vendor) -> int:
+        """Give where a capability is. Raises InvalidError."""
+        for known, at in self._offsets:
+            if known is capability:
+                return at
+        raise InvalidError(f"{capability} is not in this configuration space")
 
     def bar_address(self, bar: int) -> int:
         """Give the address the guest has put into a BAR."""
@@ -222,6 +241,7 @@ class ConfigSpace:
             if end > CONFIG_SIZE:
                 raise InvalidError("the capabilities do not fit into 256 bytes")
             self._register(capability)
+            self._offsets.append((capability, at))
             self._put(_U8, pointer, at)
             self._put(_U8, at, capability.id)
             self._initial[at + 2 : end] = body

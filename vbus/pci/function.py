@@ -2,7 +2,7 @@
 
 `PciFunction` is the whole contract; `ConfiguredFunction` is the base to build on: it
 answers the configuration space, checks bounds and chooses the kind of interrupt, so
-that a subclass implements its own BARs only. Nothing here awaits or does I/O.
+that a subclass implements its own BARs only. No access awaits or does I/O.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import trio
 from outcome import Outcome
 
 from shm import AddressSpace
@@ -106,6 +107,21 @@ class PciFunction(ABC):
     def io_eventfds(self, region: int, limit: int) -> list[IoEventFd]:
         """Give at most `limit` shortcuts for writes to `region`, newest first."""
         return []
+
+    def statistics(self) -> object:
+        """Give a frozen dataclass of counters, or a dict."""
+        return {}
+
+    def line_asserted(self) -> bool:
+        """Does INTx stand? Then it is raised anew when the client unmasks it."""
+        return False
+
+    async def run(self) -> None:
+        """Do what the function does by itself, until cancelled; it is being served."""
+        await trio.sleep_forever()
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of everything: the function is not shown any more."""
 
     @abstractmethod
     def attach(self, interrupts: InterruptSink) -> None:

@@ -43,7 +43,7 @@ class DeviceCommands:
     def __init__(
         self, function: PciFunction, counters: Counters, *, allow_truncatable: bool
     ) -> None:
-        self.interrupts = InterruptTable(function.irq_count)
+        self.interrupts = InterruptTable(function.irq_count, function.line_asserted)
         self.client_max_fds = 1
         self._function = function
         self._counters = counters

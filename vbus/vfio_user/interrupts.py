@@ -1,13 +1,14 @@
 """The interrupts a client listens to: one eventfd for each vector it has asked for.
 
 Masks are kept here too: a masked vector remembers one interrupt until it is unmasked.
+INTx is a level: a client that unmasks it while it stands hears of it again.
 """
 
 from collections.abc import Callable, Iterable
 
 from shm import Doorbell
 from vbus.errors import InvalidError
-from vbus.pci.constants import IRQ_COUNT
+from vbus.pci.constants import IRQ_COUNT, Irq
 from vbus.vfio_user.wire import (
     IRQ_SET_ACTIONS,
     IRQ_SET_DATA,
@@ -23,9 +24,14 @@ _DATA_EVENTFD = IrqSetFlag.DATA_EVENTFD
 class InterruptTable:
     """An InterruptSink: what SET_IRQS has set up, by IRQ index and vector."""
 
-    def __init__(self, irq_count: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        irq_count: Callable[[int], int],
+        line_asserted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.raised = 0
         self._irq_count = irq_count
+        self._line_asserted = line_asserted
         self._doorbells: dict[tuple[int, int], Doorbell] = {}
         self._masked: set[tuple[int, int]] = set()
         self._pending: set[tuple[int, int]] = set()
@@ -133,6 +139,7 @@ class InterruptTable:
                 self._masked.add(key)
             else:
                 self._masked.discard(key)
-                if key in self._pending:
+                stands = index == Irq.INTX and self._line_asserted()
+                if key in self._pending or stands:
                     self._pending.discard(key)
                     self.trigger(index, vector)

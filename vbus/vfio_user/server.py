@@ -84,12 +84,18 @@ class VfioUserServer:
         unlink = unlinker(self.path)
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.function.run)
                 task_status.started()
                 while True:
                     await self._accept(listener, nursery)
         finally:
             listener.close()
             unlink()
+
+    @property
+    def attached(self) -> bool:
+        """Is a client there?"""
+        return self._session is not None
 
     def statistics(self) -> ServerStatistics:
         """Take a snapshot of the counters."""

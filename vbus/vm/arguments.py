@@ -31,7 +31,7 @@ _IOMMU_WORDS = {
 
 
 def bridge_device(socket: Path, name: str = "vbus0") -> list[str]:
-    """Give the options of one bridge; only QEMU's JSON form can name a socket."""
+    """Give the options of one function; only QEMU's JSON form can name a socket."""
     about = {
         "driver": "vfio-user-pci",
         "id": name,
@@ -62,13 +62,16 @@ def iommu_arguments(iommu: Iommu | None) -> list[str]:
 
 
 def bridge_arguments(
-    socket: Path, memory_mib: int = 768, iommu: Iommu | None = "intel"
+    socket: Path,
+    memory_mib: int = 768,
+    iommu: Iommu | None = "intel",
+    name: str = "vbus0",
 ) -> list[str]:
-    """Give what a QEMU needs to have a guest of the daemon. Raises InvalidError."""
+    """Give what a QEMU needs to have a function of the daemon. Raises InvalidError."""
     return [
         *memory_arguments(memory_mib),
         *iommu_arguments(iommu),
-        *bridge_device(socket),
+        *bridge_device(socket, name),
     ]
 
 

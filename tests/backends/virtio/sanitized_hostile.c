@@ -4,7 +4,8 @@
  * device. Memory is taken from the heap, so that a byte past its end is seen. The same
  * function serves libFuzzer (compile with -DLIBFUZZER); else the programs are random.
  *
- * Usage: sanitized_hostile PROGRAMS SEED; or ... SEED race: the ring changes all the time
+ * Usage: sanitized_hostile PROGRAMS SEED; or ... SEED race: the ring changes all the time;
+ * or ... SEED FOLDER: keep each program there too, as the corpus of a fuzzer
  */
 #include <virtio/queue.h>
 
@@ -334,19 +335,31 @@ static void race(uint64_t programs)
     }
 }
 
+static void keep(const char *folder, uint64_t number, const uint8_t *program, size_t size)
+{
+    char path[4096];
+    FILE *file;
+
+    snprintf(path, sizeof(path), "%s/program%llu", folder, (unsigned long long)number);
+    file = fopen(path, "wb");
+    check(file && fwrite(program, 1, size, file) == size && !fclose(file), path);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t programs = argc > 2 ? strtoull(argv[1], NULL, 10) : 0;
     uint8_t program[400];
 
-    check(programs > 0, "usage: sanitized_hostile PROGRAMS SEED [race]");
+    check(programs > 0, "usage: sanitized_hostile PROGRAMS SEED [race | FOLDER]");
     random_state = strtoull(argv[2], NULL, 10) * 2654435761u + 1;
-    if (argc > 3) {
+    if (argc > 3 && strcmp(argv[3], "race") == 0) {
         race(programs);
     } else {
         for (uint64_t n = 0; n < programs; n++) {
             for (size_t i = 0; i < sizeof(program); i++)
                 program[i] = random_byte(&random_state);
+            if (argc > 3)
+                keep(argv[3], n, program, sizeof(program));
             LLVMFuzzerTestOneInput(program, sizeof(program));
         }
     }

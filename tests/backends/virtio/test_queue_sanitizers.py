@@ -79,6 +79,20 @@ def test_programs_of_a_hostile_driver(
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "ok\n")
 
 
+@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang, no libFuzzer")
+def test_a_fuzzer_that_sees_coverage_finds_nothing(tmp_path: Path) -> None:
+    """R12: a few seconds here; scripts/fuzz-virtqueue runs ten minutes."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "fuzz-virtqueue", "5", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "number_of_executed_units" in done.stderr
+    assert (tmp_path / "corpus" / "program499").stat().st_size == 400
+
+
 def spoil(where: Path, folder: str, header: str, old: str, new: str) -> list[Path]:
     """Copies of the headers, one of them changed."""
     copies = []

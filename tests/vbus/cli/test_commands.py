@@ -63,7 +63,7 @@ def test_json_has_stable_keys(daemon: Served) -> None:
         "devices": [{"id": 0, "name": "lan0-g1", "type": "virtual-ethernet"}],
         "guests": ["g1"],
     }
-    keys = {"name", "class", "type", "links", "attributes", "connections"}
+    keys = {"name", "class", "type", "links", "attributes", "connections", "expose"}
     assert [set(one) for one in daemon.ask("device", "show")] == [keys, keys]
     [port] = daemon.ask("device", "show", "lan0-g1")
     assert port["links"] == [{"bus": "bus0", "id": 0}]
@@ -79,7 +79,7 @@ def test_json_has_stable_keys(daemon: Served) -> None:
 
 def test_stats_are_a_tree_that_a_path_cuts(daemon: Served) -> None:
     everything = daemon.ask("stats")
-    assert set(everything) == {"daemon", "devices", "guests"}
+    assert set(everything) == {"daemon", "devices", "functions", "guests"}
     assert set(everything["guests"]["g1"]) == {"bridge", "server", "memory"}
     bridge = daemon.ask("stats", "guests/g1/bridge")
     assert bridge["fast_calls"] == 0

@@ -98,6 +98,7 @@ async def test_a_device_is_added_shown_set_and_removed(tmp_path: Path) -> None:
             "links": [{"bus": "bus0", "id": 0}],
             "attributes": {"level": 16, "room": "hall"},
             "connections": [],
+            "expose": "bridge",
         }
         assert await client.request("device.show") == [shown]
         await client.request("device.set", name="l", attributes={"level": 5})
@@ -209,7 +210,7 @@ async def test_an_answer_over_the_limit_of_a_frame_arrives(tmp_path: Path) -> No
     """R11: thousands of devices can be shown."""
     async with running(tmp_path) as daemon, control(daemon) as client:
         for nth in range(30):
-            daemon.add_device(
+            await daemon.add_device(
                 f"l{nth}", "lamp", {"room": "x" * (wire.FRAME_LIMIT // 10)}
             )
         shown = await client.request("device.show")

@@ -164,6 +164,28 @@ def test_vendor_capabilities_are_read_only_and_chained():
     assert space.read(0x60, 2) == b"\x05\x00"
 
 
+def test_a_vendor_capability_may_have_bits_that_the_guest_changes():
+    """R53: those bits and no others."""
+    head, data = Vendor(b"ab"), Vendor(b"\x00\xf0\x00", writable=b"\x00\x0f")
+    space = ConfigSpace(BRIDGE, {}, [head, data])
+    at = space.offset_of(data)
+    assert at == 0x50
+    space.write(at, b"\xff" * 16)
+    assert space.read(at, 7) == b"\x09\x00\x06\x00\xff\x00\x00"
+    with pytest.raises(InvalidError):
+        space.offset_of(Vendor(b"ab"))
+
+
+def test_msix_is_enabled_by_its_own_bit():
+    space = bridge_space()
+    assert not space.msix_enabled
+    put(space, 0x52, 2, 1 << 15)
+    assert space.msix_enabled
+    space.reset()
+    assert not space.msix_enabled
+    assert not bridge_space(msix=False).msix_enabled
+
+
 def test_function_without_capabilities_says_so():
     space = ConfigSpace(BRIDGE, {0: Bar(16)})
     assert number(space, Offset.STATUS, 2) == 0

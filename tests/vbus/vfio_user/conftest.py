@@ -43,6 +43,7 @@ class SampleFunction(ConfiguredFunction):
         self.offers: list[IoEventFd] = []
         self.mappable: RegionInfo | None = None
         self.limits: list[int] = []
+        self.stands = False
 
     def region(self, index: int) -> RegionInfo:
         if self.mappable is not None and index == Region.BAR0:
@@ -58,6 +59,9 @@ class SampleFunction(ConfiguredFunction):
     def bar_write(self, bar: int, offset: int, data: bytes) -> Pending | None:
         self.events.append(("write", bar, offset, data))
         return None if self.on_write is None else self.on_write(bar, offset, data)
+
+    def line_asserted(self) -> bool:
+        return self.stands
 
     def io_eventfds(self, region: int, limit: int) -> list[IoEventFd]:
         self.limits.append(limit)

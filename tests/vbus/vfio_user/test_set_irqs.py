@@ -121,6 +121,28 @@ async def test_masked_vector_rings_once_when_unmasked(function, client, eventfds
     assert rung(fd) == 0
 
 
+async def test_intx_rings_again_when_it_is_unmasked_while_it_stands(
+    function, client, eventfds
+):
+    """A level: QEMU deasserts the line at any access, whoever made it."""
+    (fd,) = eventfds(1)
+    await set_irqs(client, SET, Irq.INTX, 0, 1, fds=[fd])
+    function.stands = True
+    await set_irqs(client, NONE | UNMASK, Irq.INTX, 0, 1)
+    assert rung(fd) == 1
+    function.stands = False
+    await set_irqs(client, NONE | UNMASK, Irq.INTX, 0, 1)
+    assert rung(fd) == 0
+
+
+async def test_messages_have_no_level(function, client, eventfds):
+    (fd,) = eventfds(1)
+    await set_irqs(client, SET, Irq.MSIX, 0, 1, fds=[fd])
+    function.stands = True
+    await set_irqs(client, NONE | UNMASK, Irq.MSIX, 0, 1)
+    assert rung(fd) == 0
+
+
 async def test_client_may_trigger_vectors_itself(function, client, eventfds):
     fds = eventfds(4)
     await set_irqs(client, SET, Irq.MSIX, 0, 4, fds=fds)

@@ -1,0 +1,1 @@
+"""The vocabulary of virtio 1.2 that devices and drivers share: numbers and layouts."""
