@@ -166,9 +166,9 @@ async def reset(vm: VirtualMachine, served: Served, iommu: Iommu | None) -> None
     mastering off (ABI 12.2).
     """
     if iommu is None:
-        before = await asked(served, "stats", "guests/vm1/bridge")
+        before = await asked(served, "stats", path="guests/vm1/bridge")
         assert await vm.python(open_echo) == {"result": 0}
-        after = await asked(served, "stats", "guests/vm1/bridge")
+        after = await asked(served, "stats", path="guests/vm1/bridge")
         assert after["resets"] == before["resets"] + 1
         assert (after["connections"], after["signals"], after["queues"]) == (1, 0, 0)
     address = await bridge_address(vm)
@@ -254,6 +254,6 @@ async def deaths(served: Served, boot: Boot, iommu: Iommu | None) -> None:
             await others.go_on()
             await until(lambda: held(served), before)
             assert await connections(served) == []
-        print(await asked(served, "stats", "guests/vm1/server"))
+        print(await asked(served, "stats", path="guests/vm1/server"))
         print(f"{others.parts} parts of {PART / MB:.0f} MB between the others, whole")
         nursery.cancel_scope.cancel()

@@ -131,7 +131,7 @@ def warnings(served: Served, words: str) -> int:
 
 
 async def failures(served: Served) -> int:
-    counted = await asked(served, "stats", "guests/vm1/bridge")
+    counted = await asked(served, "stats", path="guests/vm1/bridge")
     return int(counted["connection_failures"])
 
 
@@ -212,7 +212,7 @@ async def test_what_the_guest_unmaps_is_never_touched_again(
         assert "Traceback" not in told
         assert (await shown(served))["connections"] == []
         await until(lambda: held(served), before)
-        counted = await asked(served, "stats", "guests/vm1")
+        counted = await asked(served, "stats", path="guests/vm1")
         print(counted)
         assert counted["memory"]["faults"] > 21
         assert counted["memory"]["mapped_bytes"] == 0

@@ -18,6 +18,7 @@ from proxy.bridge import BridgeDriver
 from proxy.guest import attach
 from tests.system.served import Served
 from tests.vm.conftest import Boot, Daemon
+from vbus.control.client import ControlClient
 from vbus.vm.arguments import Iommu
 from vbus.vm.channel import GuestProcess
 from vbus.vm.machine import VirtualMachine
@@ -113,18 +114,19 @@ def open_echo(call_at: int | None = None) -> dict[str, int]:
 # What the daemon has
 
 
-async def asked(daemon: Served, *words: str) -> Any:
-    return await trio.to_thread.run_sync(lambda: daemon.ask(*words))
+async def asked(daemon: Served, op: str, **args: object) -> Any:
+    async with ControlClient(daemon.runtime / "control.sock") as control:
+        return await control.request(op, **args)
 
 
 async def shown(daemon: Served, guest: str = "vm1") -> dict[str, Any]:
-    (about,) = await asked(daemon, "guest", "show", guest)
+    (about,) = await asked(daemon, "guest.show", name=guest)
     return dict(about)
 
 
 async def held(daemon: Served) -> tuple[int, int, int]:
     """Descriptors, mappings of guest memory and tasks."""
-    tasks = (await asked(daemon, "stats", "daemon"))["tasks"]
+    tasks = (await asked(daemon, "stats", path="daemon"))["tasks"]
     return daemon.fds, daemon.mappings, tasks
 
 
