@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.netns import isolated
+from tests.system.served import Served
 from tests.transfer import SIZE, here, process_guest, transfer
 from tests.vm.conftest import Boot, Daemon
 from tests.vm.test_guest_run import running, statistics, told
