@@ -19,17 +19,11 @@ import trio
 
 from tests.netns import isolated
 from tests.system.served import Served
+from tests.transfer import here, process_guest, receive, send
 from tests.vm.conftest import Boot, Daemon
 from tests.vm.test_guest_run import told
 from tests.vm.test_life import asked, connections, held, open_echo, until
-from tests.vm.test_network import (
-    ADDRESSES,
-    HOST,
-    here,
-    process_guest,
-    receive,
-    send,
-)
+from tests.vm.test_network import ADDRESSES, HOST
 from tests.vm.test_network import CONFIG as NETWORK
 from tests.vm.test_vfio import bridge_address
 from vbus.vm.arguments import Iommu
@@ -88,7 +82,10 @@ class Others:
 
 @asynccontextmanager
 async def others_at_work(served: Served) -> AsyncIterator[Others]:
-    async with process_guest(served, "p3") as prefix, trio.open_nursery() as nursery:
+    async with (
+        process_guest(served, "p3", f"net-p3={ADDRESSES['p3']}/24") as prefix,
+        trio.open_nursery() as nursery,
+    ):
         others = Others(prefix)
         nursery.start_soon(others.run)
         await others.go_on()
