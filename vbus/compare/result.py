@@ -140,6 +140,35 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     note: str
 
 
+class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A real guest with so many devices; `stopped`: why it was not to be had."""
+
+    layout: str
+    guest: str
+    devices: int
+    stopped: str | None
+    quantities: Quantities
+
+
+class MeasuredLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A real guest with so many messages under way at once, all the time."""
+
+    layout: str
+    guest: str
+    devices: int
+    in_flight: int
+    quantities: Quantities
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was found on real guests of one machine, and what was not, and why."""
+
+    machine: str
+    points: list[MeasuredPoint]
+    loads: list[MeasuredLoad]
+    not_measured: dict[str, str]
+
+
 class PlatformResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The machine that was laid out on."""
 
@@ -160,6 +189,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layouts: list[LayoutResult]
     doorbells: list[DoorbellResult]
     loads: list[LoadPoint]
+    measured: Measured | None = None
 
 
 _T = TypeVar("_T")

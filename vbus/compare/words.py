@@ -51,9 +51,11 @@ def amount(value: float, unit: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits that count; whole numbers whole."""
+    """Three digits that count; whole numbers whole, and two digits of small ones."""
     if value == int(value) or abs(value) >= 100:
         return f"{value:,.0f}"
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.{1 if abs(value) >= 10 else 2}f}"
 
 
