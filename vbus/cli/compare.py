@@ -1,10 +1,11 @@
-"""`vbus compare`: one bridge or one function per device, by model."""
+"""`vbus compare`: one bridge or one function per device, by model, by measurement."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import msgspec
 
 from vbus.cli import EXIT_INTERRUPTED
 from vbus.cli.asking import print_table, printable
@@ -50,6 +51,19 @@ def _devices(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A cost model of `vbus compare calibrate`; without it, the published one.",
 )
+@click.option(
+    "--measure",
+    "measured",
+    is_flag=True,
+    help="Measure both ways as well, with daemons and guests started for it.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 99),
+    default=run.ROUNDS,
+    show_default=True,
+    help="How often each measurement is repeated.",
+)
 @click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a number a line.")
 @click.option("--html", "html_file", type=_FILE, help="Write one page with plots.")
@@ -59,6 +73,8 @@ def compare(
     platform: str,
     devices: tuple[int, ...],
     costs_file: Path | None,
+    measured: bool,
+    rounds: int,
     as_json: bool,
     as_csv: bool,
     html_file: Path | None,
@@ -75,6 +91,8 @@ def compare(
         plots.need_library()
     with _progress(run.STEPS) as step:
         report = run.model(PLATFORMS[platform], costs, devices, step)
+    if measured and not report.interrupted:
+        report = _measure(report, devices, rounds)
     _write_html(report, html_file)
     if as_json:
         click.echo(encode(report), nl=False)
@@ -107,6 +125,14 @@ def calibrate(output: Path | None, as_json: bool) -> None:
 
 def _load(path: Path) -> Costs:
     return check(load(path, Costs))
+
+
+def _measure(report: Report, devices: tuple[int, ...], rounds: int) -> Report:
+    from vbus.compare import measure
+
+    with _progress(measure.steps(devices, rounds)) as step:
+        found, interrupted = measure.measure(devices, rounds, step)
+    return msgspec.structs.replace(report, measured=found, interrupted=interrupted)
 
 
 def _write_html(report: Report, path: Path | None) -> None:

@@ -9,11 +9,11 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 from vbus.compare import kvm
+from vbus.compare.cpu import cpu_name, cpu_value
 from vbus.compare.kvm import TinyGuest, loop
 from vbus.compare.result import Costs, Quantities, Quantity, Sample, missing
 from vbus.errors import ProtocolError, VbusError
@@ -120,7 +120,7 @@ def _shortest(one: Callable[[], float]) -> float:
 
 def _hypercall(guest: TinyGuest) -> tuple[list[_Probe], dict[str, str]]:
     """Give the probe of a hypercall if one comes back here, else why not."""
-    flags = _cpu("flags").split()
+    flags = cpu_value("flags").split()
     body = next((code for flag, code in _VMCALL.items() if flag in flags), None)
     if body is None:
         return [], {"hypercall": "this KVM has neither VMX nor SVM to make one with"}
@@ -139,17 +139,10 @@ def _quantity(costs: list[float]) -> Quantity:
 
 
 def _source() -> str:
-    flavour = "" if {"vmx", "svm"} & set(_cpu("flags").split()) else ", without VMX/SVM"
+    flavour = (
+        "" if {"vmx", "svm"} & set(cpu_value("flags").split()) else ", without VMX/SVM"
+    )
     return (
-        f"measured here: {_cpu('model name') or platform.machine()},"
+        f"measured here: {cpu_name()},"
         f" Linux {platform.release()}, KVM{flavour}; empty loop and call subtracted"
     )
-
-
-def _cpu(key: str) -> str:
-    """Give the first value of a key of /proc/cpuinfo, or nothing."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""

@@ -32,6 +32,7 @@ from vbus.compare.space import ExhaustedError, Range, Space
 DEVICES = (1, 8, 32, 128, 512, 2000)
 LOADS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 MOST_DEVICES = 8192
+ROUNDS = 5
 LOAD_DEVICES = 32
 MAP_DEVICES = 30
 _PAGE = 4096

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from vbus.compare import words
 from vbus.compare.costs import TITLES
-from vbus.compare.result import LayoutResult, Quantities, Report
+from vbus.compare.result import (
+    LayoutResult,
+    Measured,
+    MeasuredPoint,
+    Quantities,
+    Report,
+)
 
 _SHOWN = (
     "functions",
@@ -38,6 +44,7 @@ def tables(report: Report, metrics: Sequence[str] = _SHOWN) -> Iterator[Table]:
     for name in words.LOAD_METRICS:
         yield loads(report, name)
     yield claims(report)
+    yield from measured(report)
 
 
 def costs(report: Report) -> Table:
@@ -123,6 +130,72 @@ def claims(report: Report) -> Table:
     return Table("What the threads said", headings, rows)
 
 
+def measured(report: Report) -> Iterator[Table]:
+    """What was found on real guests, the ways side by side; nothing if none was."""
+    if report.measured is None or not report.measured.points:
+        return
+    yield measured_points(report.measured)
+    if report.measured.loads:
+        yield measured_loads(report.measured)
+    rows = list(report.measured.not_measured.items())
+    yield Table("Not measured", ("what", "why"), rows)
+
+
+def measured_points(found: Measured) -> Table:
+    """A row for each number at each number of devices, a column for each way."""
+    points = {(at.layout, at.devices): at for at in found.points}
+    counts = sorted({devices for _, devices in points})
+    rows = [
+        (
+            title,
+            f"{count:,}",
+            *(_measure(points.get((way, count)), name) for way in words.WAYS),
+        )
+        for name, title in words.MEASURES.items()
+        for count in counts
+        if any(
+            at and (name in at.quantities or at.stopped)
+            for at in (points.get((way, count)) for way in words.WAYS)
+        )
+    ]
+    guest = found.points[0].guest
+    title = f"Measured on guests that are a {guest}: {found.machine}"
+    return Table(title, ("what", "devices", *words.WAYS.values()), rows)
+
+
+def _measure(at: MeasuredPoint | None, name: str) -> str:
+    if at is None:
+        return "-"
+    one = at.quantities.get(name)
+    if one is None:
+        return f"- {at.stopped or ''}".rstrip()
+    return words.cost(one) if one.missing else words.quantity(one)
+
+
+def measured_loads(found: Measured) -> Table:
+    """Interrupts and rate by messages under way."""
+    points = {(at.layout, at.in_flight): at.quantities for at in found.loads}
+    names = {"interrupts_per_1000": "interrupts", "messages_per_s": "messages/s"}
+    rows = [
+        (
+            str(in_flight),
+            *(
+                words.quantity(points.get((way, in_flight), {}).get(name))
+                for name in names
+                for way in words.WAYS
+            ),
+        )
+        for in_flight in sorted({in_flight for _, in_flight in points})
+    ]
+    headings = (
+        "under way",
+        *(f"{said}, {way}" for said in names.values() for way in words.WAYS.values()),
+    )
+    devices = found.loads[0].devices
+    title = f"Interrupts per 1,000 messages, and messages a second, {devices} devices"
+    return Table(title, headings, rows)
+
+
 def to_csv(report: Report) -> str:
     """Write every number of a report, one a line."""
     out = io.StringIO()
@@ -164,9 +237,19 @@ def _everything(report: Report) -> Iterator[tuple[_Place, Quantities, str]]:
     for under in report.loads:
         place = ("load", under.scheme, under.devices, under.load)
         yield place, under.quantities, ""
+    if report.measured is not None:
+        yield from _measurements(report.measured)
     for claim in report.claims:
         said = f"{claim.sentence}; on record: {claim.recorded}"
         yield ("claim", claim.row, "", ""), {"claim": claim.quantity}, said
+
+
+def _measurements(found: Measured) -> Iterator[tuple[_Place, Quantities, str]]:
+    for at in found.points:
+        yield ("measured", at.layout, at.devices, ""), at.quantities, at.stopped or ""
+    for under in found.loads:
+        place: _Place = ("load", under.layout, under.devices, under.in_flight)
+        yield place, under.quantities, "load: messages under way"
 
 
 def _lines(quantities: Quantities, note: str) -> Iterator[tuple[object, ...]]:

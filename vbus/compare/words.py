@@ -34,6 +34,30 @@ LOAD_METRICS = {
     "urgent_high": "urgent event, 99th percentile of its latency",
 }
 
+MEASURES = {
+    "functions": "functions",
+    "vectors": "interrupt vectors of the guest",
+    "config_accesses": "configuration accesses to attach to all",
+    "region_accesses": "region accesses to attach to all",
+    "attach": "time to attach and know all devices",
+    "open_call_close": "open, call and close, a device",
+    "call": "call",
+    "round_trip": "round trip through rings",
+    "hot_add": "hot add to usable",
+    "hot_remove": "hot remove to gone",
+    "memory_idle": "daemon's memory a device, idle",
+    "memory_open": "daemon's memory a device, open with two rings",
+    "fds_idle": "daemon's descriptors a device, idle",
+    "fds_open": "daemon's descriptors a device, open with two rings",
+    "urgent_flat": "urgent round trip in a flood, no priority",
+    "urgent_flat_high": "the same, 99th percentile",
+    "urgent_first": "urgent round trip in a flood, highest priority",
+    "urgent_first_high": "the same, 99th percentile",
+}
+"""What is measured on a guest, in this order."""
+
+WAYS = {"vbus-bridge": "one bridge", "function-each": "a function each"}
+
 
 def amount(value: float, unit: str) -> str:
     """Write a number for people, in the unit that suits it."""
