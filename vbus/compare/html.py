@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from vbus.compare import plots, table, words
 from vbus.compare.firmware import IO_PORTS, LOW_MEMORY
-from vbus.compare.result import Report
+from vbus.compare.result import Measured, Report
 from vbus.compare.table import Table
 
 
@@ -45,6 +45,8 @@ def _body(report: Report) -> Iterator[str]:
             _figure(title, plots.load(report, name))
             for name, title in words.LOAD_METRICS.items()
         )
+    if report.measured is not None and report.measured.points:
+        yield from _measured(report.measured)
     if report.layouts:
         yield from _maps(report)
     yield "<h2>Doorbells and costs</h2>"
@@ -58,6 +60,8 @@ def _body(report: Report) -> Iterator[str]:
         yield _details(table.metric(report, name))
     for name in words.LOAD_METRICS:
         yield _details(table.loads(report, name))
+    for one in table.measured(report):
+        yield _details(one)
 
 
 def _lead(report: Report) -> str:
@@ -84,6 +88,21 @@ def _origin(report: Report) -> str:
     if any(q.measured is not None for q in found):
         kinds.append("measured where that was done")
     return ", ".join(kinds) or "none"
+
+
+def _measured(found: Measured) -> Iterator[str]:
+    yield "<h2>Measured on real guests</h2>"
+    yield f"<p>{escape(found.machine)}; each guest is a {found.points[0].guest}.</p>"
+    yield _legend(words.WAYS.values(), "Line: median; band: lowest to highest.")
+    figures = [
+        _figure(words.MEASURES[name], plots.measured(found, name))
+        for name in plots.MEASURED_PLOTS
+    ]
+    if found.loads:
+        drawing = plots.measured_load(found, "interrupts_per_1000")
+        title = f"interrupts per 1,000 messages, {found.loads[0].devices} devices"
+        figures.append(_figure(title, drawing))
+    yield _grid(iter(figures))
 
 
 def _maps(report: Report) -> Iterator[str]:

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vbus.compare import words
-from vbus.compare.result import LayoutResult, MapSpace, Quantities, Report
+from vbus.compare.result import (
+    LayoutResult,
+    MapSpace,
+    Measured,
+    Quantities,
+    Quantity,
+    Report,
+)
 from vbus.errors import NoDeviceError
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ DRAWN = (
     "virtio-transitional-ports",
     "segmented",
 )
+MEASURED_PLOTS = ("attach", "hot_add", "memory_open", "fds_open")
 COST_PLOTS = ("functions", "vectors", "memory_claimed", "enumeration_hole_user")
 
 INK, GRID, FAINT = "#010101", "#020202", "#030303"
@@ -110,6 +118,70 @@ def load(report: Report, name: str) -> str:
     return _svg(f"load-{name}", 4.3, 3.1, draw)
 
 
+def measured(found: Measured, name: str) -> str:
+    """Draw one measured number against devices, a line for each way with its range."""
+
+    def draw(axes: "Axes") -> None:
+        counts = sorted({at.devices for at in found.points})
+        for number, way in enumerate(words.WAYS):
+            points = [
+                (at.devices, at.quantities[name])
+                for at in found.points
+                if at.layout == way and name in at.quantities
+            ]
+            _ranges(axes, number, points)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.set_xticks([], minor=True)
+        _ticks(axes, _unit(at.quantities.get(name) for at in found.points))
+        axes.set_xlabel("devices")
+
+    return _svg(f"measured-{name}", 4.3, 3.1, draw)
+
+
+def measured_load(found: Measured, name: str) -> str:
+    """Draw one measured number against messages under way, a line for each way."""
+
+    def draw(axes: "Axes") -> None:
+        steps = sorted({at.in_flight for at in found.loads})
+        for number, way in enumerate(words.WAYS):
+            points = [
+                (at.in_flight, at.quantities[name])
+                for at in found.loads
+                if at.layout == way and name in at.quantities
+            ]
+            _ranges(axes, number, points)
+        axes.set_xscale("log")
+        axes.set_xticks(steps, [str(step) for step in steps])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("messages under way")
+
+    return _svg(f"measured-load-{name}", 4.3, 3.1, draw)
+
+
+def _ranges(axes: "Axes", number: int, points: Iterable[tuple[int, Quantity]]) -> None:
+    """Draw medians as a line, and from lowest to highest as a band."""
+    samples = [(at, one.measured) for at, one in points if one.measured]
+    xs = [at for at, _ in samples]
+    colour = SERIES[number]
+    axes.fill_between(
+        xs,
+        [sample.low for _, sample in samples],
+        [sample.high for _, sample in samples],
+        color=colour,
+        alpha=0.2,
+        linewidth=0,
+    )
+    medians = [sample.median for _, sample in samples]
+    axes.plot(xs, medians, color=colour, marker=MARKERS[number], markersize=4)
+
+
+def _unit(found: Iterable[Quantity | None]) -> str:
+    return next((one.unit for one in found if one is not None), "")
+
+
 def address_map(report: Report, space: str, *, narrow: bool) -> str:
     """Draw a space of every layout to scale: claimed faintly, BARs on top."""
     found = [(one, _space(one, space)) for one in report.layouts]
@@ -184,8 +256,11 @@ def _ticks(axes: "Axes", unit: str) -> None:
     """Label a logarithmic axis in the words of the tables."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = axes.get_ylim()
     if unit == "bytes":
-        axes.yaxis.set_major_locator(LogLocator(base=32, numticks=12))
+        axes.yaxis.set_major_locator(LogLocator(base=2, numticks=7))
+    elif high < 1000 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: words.amount(value, unit))
     )
