@@ -1,0 +1,145 @@
+"""The models of `vbus compare` against real machines: what is predicted is there.
+
+The model lays a layout out; QEMU is given the same functions at the same places; the
+guest's own view of BARs, windows and vectors must be the predicted one, to the byte.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from tests.vm.conftest import Boot, Daemon
+from tests.vm.test_function import CONFIG, devices
+from vbus.compare.layouts import LAYOUTS, Laid, lay_out
+from vbus.compare.pci import BarShape, Bus, Function, Kind
+from vbus.compare.platforms import Q35, Platform
+
+# The channel to the test's agent: a transitional virtio function in slot 1.
+AGENT = (
+    BarShape(Kind.IO, 64),
+    BarShape(Kind.MEMORY, 4096),
+    BarShape(Kind.PREFETCHABLE, 16384, wide=True),
+)
+MACHINE: Platform = dataclasses.replace(
+    Q35, fixed=((0x01, 0, "agent", AGENT), *Q35.fixed)
+)
+NET = "virtio-net-pci,romfile=,disable-legacy={}"
+CASES = [
+    (name, count)
+    for name in ("virtio-modern", "virtio-transitional", "virtio-modern-ports")
+    for count in (1, 8, 30)
+] + [("virtio-transitional-ports", 1), ("virtio-transitional-ports", 8)]
+
+Place = tuple[int, int, int]
+"""Bus, slot, function."""
+
+
+def arguments(laid: Laid) -> list[str]:
+    """Give QEMU the functions of a layout, each at its place."""
+    legacy = "off" if "transitional" in laid.layout.name else "on"
+    below = {bus: f"b{number}" for number, bus in enumerate(laid.topology.buses)}
+    found = []
+    for bus, function in laid.topology.functions():
+        if not function.group:
+            continue
+        where = place(bus, function)
+        about = f"bus={'pcie.0' if bus.parent is None else below[bus]},addr="
+        about += f"{where[1]:x}.{where[2]}"
+        if function.below is None:
+            about = f"{NET.format(legacy)},{about}"
+        elif function.below.express:
+            about = (
+                f"pcie-root-port,id={below[function.below]},multifunction=on,"
+                f"chassis={function.below.number},slot={function.below.number},{about}"
+            )
+        else:
+            about = f"i82801b11-bridge,id={below[function.below]},{about}"
+        found += ["-device", about]
+    return found
+
+
+def place(bus: Bus, function: Function) -> Place:
+    return bus.number, *function.address
+
+
+def predicted(laid: Laid) -> dict[Place, set[tuple[int, int]]]:
+    """Give each function's BARs and windows, as first and last address."""
+    places = {f.name: place(bus, f) for bus, f in laid.topology.functions()}
+    found: dict[Place, set[tuple[int, int]]] = {at: set() for at in places.values()}
+    for bar in laid.placement.bars:
+        found[places[bar.function]].add((bar.range.start, bar.range.end - 1))
+    for window in laid.placement.windows:
+        found[places[window.bridge]].add((window.range.start, window.range.end - 1))
+    return found
+
+
+def resources() -> dict[str, list[list[int]]]:
+    """In the guest: the resources of each function, without what is empty."""
+    from pathlib import Path
+
+    found = {}
+    for path in Path("/sys/bus/pci/devices").iterdir():
+        lines = (path / "resource").read_text().split("\n")
+        ranges = [
+            [int(word, 16) for word in line.split()[:2]] for line in lines if line
+        ]
+        found[path.name] = [one for one in ranges if one[1]]
+    return found
+
+
+def vectors() -> int:
+    """In the guest: MSI and MSI-X vectors of all functions."""
+    from pathlib import Path
+
+    return sum(
+        len(list(path.iterdir()))
+        for path in Path("/sys/bus/pci/devices").glob("*/msi_irqs")
+    )
+
+
+def seen(found: dict[str, Any]) -> dict[Place, set[tuple[int, int]]]:
+    return {
+        (int(name[5:7], 16), int(name[8:10], 16), int(name[11])): {
+            (first, last) for first, last in ranges
+        }
+        for name, ranges in found.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "count"), CASES)
+async def test_what_the_model_predicts_is_what_a_guest_sees(
+    boot: Boot, name: str, count: int
+) -> None:
+    """R20, R24, R31, R62: every BAR and window at its predicted address; the vectors
+    that Linux's drivers took."""
+    laid = lay_out(LAYOUTS[name], count, MACHINE)
+    async with boot(
+        iommu=None, extra=arguments(laid), words=("guest.modules=virtio_net",)
+    ) as vm:
+        got = seen(await vm.python(resources))
+        want = predicted(laid)
+        different = {
+            at: (want.get(at), got.get(at))
+            for at in want.keys() | got.keys()
+            if want.get(at) != got.get(at)
+        }
+        assert not different
+        interrupts = (await vm.run("cat", "/proc/interrupts")).stdout
+        taken = len(re.findall(r"virtio\d+-(?:config|(?:in|out)put\.\d)", interrupts))
+        print(f"{name}, {count}: {taken} vectors of virtio-net in /proc/interrupts")
+        ports = 1 if "ports" in name else 0
+        assert await vm.python(vectors) >= taken
+        assert laid.interrupts.vectors - ports * count >= taken
+
+
+@pytest.mark.parametrize("count", [1, 30])
+async def test_the_bridges_prediction_is_what_a_guest_sees(
+    daemon: Daemon, boot: Boot, count: int
+) -> None:
+    """R1, R10, R62: the same BARs at the same addresses, however many devices."""
+    laid = lay_out(LAYOUTS["vbus-bridge"], count, MACHINE)
+    served = daemon(CONFIG + devices(count))
+    async with boot(served.socket("vm1"), iommu=None) as vm:
+        assert seen(await vm.python(resources)) == predicted(laid)
