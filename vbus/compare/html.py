@@ -81,13 +81,9 @@ def _lead(report: Report) -> str:
 
 def _origin(report: Report) -> str:
     """Say where the plots' numbers come from."""
-    found = [q for at in report.loads for q in at.quantities.values()]
-    for layout in report.layouts:
-        found += [q for at in layout.points for q in at.quantities.values()]
-    kinds = ["modelled"] if any(q.modelled is not None for q in found) else []
-    if any(q.measured is not None for q in found):
-        kinds.append("measured where that was done")
-    return ", ".join(kinds) or "none"
+    if report.measured is None:
+        return "modelled"
+    return "modelled, except those of real guests, which were measured"
 
 
 def _measured(found: Measured) -> Iterator[str]:
@@ -97,6 +93,7 @@ def _measured(found: Measured) -> Iterator[str]:
     figures = [
         _figure(words.MEASURES[name], plots.measured(found, name))
         for name in plots.MEASURED_PLOTS
+        if any(name in at.quantities for at in found.points)
     ]
     if found.loads:
         drawing = plots.measured_load(found, "interrupts_per_1000")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.vbus.compare.test_report import with_measurements
 from vbus.compare import html, plots, run
 from vbus.compare.costs import PUBLISHED
 from vbus.compare.platforms import Q35
@@ -33,7 +34,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return html.page(run.model(Q35, PUBLISHED, (1, 8, 32, 128)))
+    return html.page(with_measurements(run.model(Q35, PUBLISHED, (1, 8, 32, 128))))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,14 @@ def test_each_layout_has_a_row_in_the_map(page: str) -> None:
         assert f"{name}, " in page
 
 
+def test_what_was_measured_is_said_to_be_in_its_section(page: str) -> None:
+    """Every number says if it was modelled or measured, the plots too."""
+    assert "modelled, except those of real guests" in page
+    assert "Measured on real guests" in page
+    unmeasured = html.page(run.model(Q35, PUBLISHED, (1,)))
+    assert "Measured on real guests" not in unmeasured
+
+
 def test_without_the_library_it_says_what_to_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,7 +138,7 @@ def test_it_fits_in_a_browser(
     )
     assert abs(int(seen_width) - max(width, 400)) < 120, seen_width
     assert (wide, hidden) == ("0", "false")
-    assert int(seen) == len(plots.COST_PLOTS) + 2 + 2
+    assert int(seen) == len(plots.COST_PLOTS) + 2 + 2 + 2
     bright, dim = sorted((luminance(ground), luminance(ink)), reverse=True)
     assert (bright + 0.05) / (dim + 0.05) > 7
     assert (luminance(ground) > 0.5) == (theme == "light")

@@ -43,7 +43,12 @@ def measured(value: float, unit: str = "us") -> Quantity:
 
 
 def with_measurements(report: Report) -> Report:
-    found = {"round_trip": measured(12.5), "boot": missing("s", "no machine")}
+    found = {
+        "attach": measured(1250),
+        "round_trip": measured(12.5),
+        "hot_remove": missing("us", "no slot"),
+        "interrupts_per_1000": measured(30, "interrupts"),
+    }
     return msgspec.structs.replace(
         report,
         measured=Measured(
