@@ -32,6 +32,9 @@ CASES = [
     for count in (1, 8, 30)
 ] + [("virtio-transitional-ports", 1), ("virtio-transitional-ports", 8)]
 
+# SeaBIOS gives the SMBus ports like any other function, then moves it to these.
+SMBUS, SMBUS_PORTS = (0, 0x1F, 3), {(0x700, 0x73F)}
+
 Place = tuple[int, int, int]
 """Bus, slot, function."""
 
@@ -72,7 +75,7 @@ def predicted(laid: Laid) -> dict[Place, set[tuple[int, int]]]:
         found[places[bar.function]].add((bar.range.start, bar.range.end - 1))
     for window in laid.placement.windows:
         found[places[window.bridge]].add((window.range.start, window.range.end - 1))
-    return found
+    return {**found, SMBUS: SMBUS_PORTS}
 
 
 def resources() -> dict[str, list[list[int]]]:

@@ -93,3 +93,10 @@ def test_the_next_power_of_two_is_the_least(value: int) -> None:
     found = power_of_two(value)
     assert found & (found - 1) == 0
     assert found // 2 < value <= found
+
+
+def test_a_gap_that_is_too_small_by_one_is_passed_over() -> None:
+    space = Space("room", 0, 64)
+    space.place(7, 9, "one")
+    assert space.take(8, 1, "two").start == 16
+    assert space.take(7, 1, "three").start == 0
