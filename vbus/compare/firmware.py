@@ -5,13 +5,15 @@
 2. Ports: the root bus takes one run of them. Memory below 4 GiB: both kinds end at the
    top of the hole, the more finely aligned one above the other.
 3. Only if that does not fit, what can lie above 4 GiB moves there.
-4. The guest's kernel gives what ports are left to hot-plug bridges that have none, from
-   the last bridge to the first, from the lowest ports up, while there are any.
+4. The guest's kernel gives what ports are left to hot-plug bridges that have none,
+   lowest ports first: from the first bridge to the last if there is enough for all,
+   else from the last to the first, while there are any.
 
 The order and the roundings are those of SeaBIOS and Linux, as seen in guests.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vbus.compare.pci import Bus, Function, Kind, Topology
@@ -21,10 +23,11 @@ from vbus.compare.space import ExhaustedError, Range, Space, align_down, align_u
 
 @dataclass(slots=True)
 class _Entry:
-    """A BAR, or the window of the bridge to `bus`."""
+    """A BAR, or the window of the bridge to `bus`; a small BAR may be given more."""
 
     owner: str
     kind: Kind
+    asked: int
     size: int
     alignment: int
     wide: bool
@@ -101,16 +104,28 @@ _MEMORY = (Kind.MEMORY, Kind.PREFETCHABLE)
 
 def _give_leftovers(topology: Topology, ports: Space, placement: Placement) -> None:
     served = {one.bridge for one in placement.windows if one.kind is Kind.IO}
-    for bus in reversed(topology.buses[1:]):
-        bridge, size = bus.bridge, bus.windows.io
-        assert bridge is not None
-        if size is None or not bus.windows.hot_plug or bridge.name in served:
-            continue
-        try:
-            window = ports.take(size, size, bridge.name)
-        except ExhaustedError:
-            return
-        placement.windows.append(Window(bridge.name, Kind.IO, window, ()))
+    wanting = [
+        (bus.bridge.name, bus.windows.io)
+        for bus in topology.buses
+        if bus.bridge is not None
+        and bus.windows.hot_plug
+        and bus.windows.io is not None
+        and bus.bridge.name not in served
+    ]
+    try:
+        list(_leftovers(wanting, ports.copy()))
+    except ExhaustedError:
+        wanting.reverse()
+    with suppress(ExhaustedError):
+        for bridge, window in _leftovers(wanting, ports):
+            placement.windows.append(Window(bridge, Kind.IO, window, ()))
+
+
+def _leftovers(
+    wanting: Iterable[tuple[str, int]], ports: Space
+) -> Iterator[tuple[str, Range]]:
+    for bridge, size in wanting:
+        yield bridge, ports.take(size, size, bridge)
 
 
 def _pools(topology: Topology, platform: Platform, placement: Placement) -> _Pools:
@@ -121,7 +136,7 @@ def _pools(topology: Topology, platform: Platform, placement: Placement) -> _Poo
         while at.windows.io is None and at.parent is not None:
             placement.map_entries += len(function.bars)
             at = at.parent
-        for entry in _bar_entries(function):
+        for entry in _bar_entries(function, platform):
             pools[at][entry.kind].append(entry)
     for bus in reversed(topology.buses[1:]):
         for kind in Kind:
@@ -135,9 +150,11 @@ def _pools(topology: Topology, platform: Platform, placement: Placement) -> _Poo
     return pools
 
 
-def _bar_entries(function: Function) -> Iterator[_Entry]:
+def _bar_entries(function: Function, platform: Platform) -> Iterator[_Entry]:
     for bar in function.bars:
-        yield _Entry(function.name, bar.kind, bar.size, bar.size, bar.wide)
+        least = 0 if bar.kind is Kind.IO else platform.memory_bar
+        size = max(bar.size, least)
+        yield _Entry(function.name, bar.kind, bar.size, size, size, bar.wide)
 
 
 def _window(
@@ -154,7 +171,8 @@ def _window(
         return None
     assert bus.bridge is not None
     wide = kind is not Kind.IO and all(entry.wide for entry in inside)
-    return _Entry(bus.bridge.name, kind, size, alignment, wide and bool(inside), bus)
+    wide = wide and bool(inside)
+    return _Entry(bus.bridge.name, kind, size, size, alignment, wide, bus)
 
 
 def _sum(entries: Iterable[_Entry]) -> int:
@@ -217,7 +235,8 @@ class _Layer:
         if taken.start % entry.alignment:
             raise ExhaustedError(space.name, f"{entry.owner} is not aligned")
         if entry.bus is None:
-            self.placement.bars.append(Bar(entry.owner, entry.kind, taken))
+            bar = Range(taken.start, entry.asked, entry.owner)
+            self.placement.bars.append(Bar(entry.owner, entry.kind, bar))
         else:
             self._fill(entry, entry.bus, taken)
         return taken.end

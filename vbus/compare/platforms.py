@@ -21,6 +21,8 @@ class Platform:
     high_memory: tuple[int, int]
     memory_window: int
     """The least size and alignment of a bridge's memory window."""
+    memory_bar: int = 16
+    """A smaller memory BAR is given so many bytes all the same."""
     legacy_ports: int = 0x1000
     short_ports: int = 0
     """Less than this is put at the end of the ports, not after the legacy ones."""
@@ -56,6 +58,7 @@ Q35 = Platform(
     memory=(0xC000_0000, 0xFEC0_0000),
     high_memory=(4 * _GIB, 36 * _GIB),
     memory_window=2 * _MIB,
+    memory_bar=4096,
     short_ports=0x4000,
     spare_ports=1,
     leftover_ports=True,

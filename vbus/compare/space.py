@@ -64,6 +64,12 @@ class Space:
         """Everything that was taken, in the order of taking."""
         return tuple(self._taken)
 
+    def copy(self) -> "Space":
+        """Give another in which the same is taken: for trying what fits."""
+        made = Space(self.name, self.start, self.end)
+        made.used, made._taken, made._free = self.used, [*self._taken], [*self._free]
+        return made
+
     def take(self, size: int, alignment: int, owner: str) -> Range:
         """Take the lowest range that fits. Raises ExhaustedError."""
         for start, end in self._free:

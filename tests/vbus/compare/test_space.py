@@ -100,3 +100,12 @@ def test_a_gap_that_is_too_small_by_one_is_passed_over() -> None:
     space.place(7, 9, "one")
     assert space.take(8, 1, "two").start == 16
     assert space.take(7, 1, "three").start == 0
+
+
+def test_what_is_taken_of_a_copy_stays_free() -> None:
+    space = Space("room", 0, 64)
+    space.place(0, 16, "one")
+    other = space.copy()
+    assert other.take(48, 16, "two").start == 16
+    assert space.take(48, 16, "three").start == 16
+    assert (len(space.taken), len(other.taken)) == (2, 2)
