@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 
 from tests.vm.conftest import Boot, Daemon
-from tests.vm.test_function import CONFIG, devices
+from tests.vm.test_function import CONFIG, CONFIG_SPACE, devices
 from vbus.compare.layouts import LAYOUTS, Laid, lay_out
 from vbus.compare.pci import BarShape, Bus, Function, Kind
 from vbus.compare.platforms import Q35, Platform
@@ -159,3 +159,36 @@ async def test_the_bridges_prediction_is_what_a_guest_sees(
     served = daemon(CONFIG + devices(count))
     async with boot(served.socket("vm1"), iommu=None) as vm:
         assert not differences(predicted(laid), seen(await vm.python(resources)))
+
+
+def functions(count: int) -> str:
+    """Configure so many guests, each with one device on a bus of its own."""
+    one = (
+        '[[bus]]\nname = "b{0}"\n[[guest]]\nname = "g{0}"\nbus = "b{0}"\n'
+        '[[device]]\nname = "e{0}"\nclass = "echo"\nbus = "b{0}"\n'
+    )
+    return "".join(one.format(number) for number in range(count))
+
+
+async def test_a_boot_costs_as_many_accesses_as_there_are_functions(
+    daemon: Daemon, boot: Boot
+) -> None:
+    """R40, R41, R62: eight devices behind eight functions and behind one, the same
+    machine; configuration accesses of the whole boot, counted by the server."""
+    totals = []
+    for config, names in (
+        (CONFIG + devices(8), ["vm1"]),
+        (functions(8), [f"g{number}" for number in range(8)]),
+    ):
+        served = daemon(config)
+        async with boot(*(served.socket(name) for name in names), iommu=None) as vm:
+            found = [served.ask("stats", f"guests/{name}/server") for name in names]
+            each = [
+                one["region_reads"][CONFIG_SPACE] + one["region_writes"][CONFIG_SPACE]
+                for one in found
+            ]
+            print(f"8 devices, {len(names)} functions: {sum(each)} accesses {each}")
+            print(f"boot to the agent: {vm.boot_seconds:.2f} s")
+            totals.append(each)
+    [[one], eight] = totals
+    assert set(eight) == {one}
