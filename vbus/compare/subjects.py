@@ -23,7 +23,6 @@ from vbus.errors import UnreachableError, VbusError
 
 READY_S = 20.0
 _POLL_S = 0.02
-_TAIL = 3
 
 
 class SubjectError(VbusError):
@@ -109,8 +108,9 @@ async def _end(process: trio.Process) -> None:
 
 
 def _last(log: Path) -> str:
-    """Give the last lines of what a process said."""
-    return " / ".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
+    """Give the last line of what a process said."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
 class Way(ABC):

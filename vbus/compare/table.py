@@ -137,7 +137,12 @@ def measured(report: Report) -> Iterator[Table]:
     yield measured_points(report.measured)
     if report.measured.loads:
         yield measured_loads(report.measured)
-    rows = list(report.measured.not_measured.items())
+    rows = [
+        (f"{words.WAYS[at.layout]}, {at.devices:,} devices and more", at.stopped)
+        for at in report.measured.points
+        if at.stopped is not None
+    ]
+    rows += report.measured.not_measured.items()
     yield Table("Not measured", ("what", "why"), rows)
 
 
@@ -154,7 +159,7 @@ def measured_points(found: Measured) -> Table:
         for name, title in words.MEASURES.items()
         for count in counts
         if any(
-            at and (name in at.quantities or at.stopped)
+            at and name in at.quantities
             for at in (points.get((way, count)) for way in words.WAYS)
         )
     ]
@@ -168,7 +173,7 @@ def _measure(at: MeasuredPoint | None, name: str) -> str:
         return "-"
     one = at.quantities.get(name)
     if one is None:
-        return f"- {at.stopped or ''}".rstrip()
+        return "-"
     return words.cost(one) if one.missing else words.quantity(one)
 
 

@@ -55,7 +55,7 @@ def with_measurements(report: Report) -> Report:
             machine="a machine",
             points=[
                 MeasuredPoint("vbus-bridge", "process", 8, None, found),
-                MeasuredPoint("virtio-modern", "process", 8, "not built", {}),
+                MeasuredPoint("function-each", "process", 8, "too many files", {}),
             ],
             loads=[MeasuredLoad("vbus-bridge", "process", 8, 4, found)],
             not_measured={"boot": "no machine"},
@@ -186,6 +186,7 @@ def test_tables_have_a_row_for_each_layout_and_every_stop(report: Report) -> Non
         assert all(len(row) == len(one.headings) for row in one.rows), one.title
     text = "\n".join(cell for one in shown for row in one.rows for cell in row)
     assert "I/O ports" in text
+    assert "too many files" in text
     assert "=12.5 us (6.25 us to 25 us, 5)" in text
 
 
