@@ -144,8 +144,9 @@ async def test_what_the_model_predicts_is_what_a_guest_sees(
         members = {f.name: place(bus, f) for bus, f in laid.topology.functions()}
         got_each = {one.name: taken.get(members[one.name]) for one in laid.members}
         print(name, count, got_each)
-        assert got_each == {one.name: one.vectors[0] for one in laid.members}
-        assert laid.interrupts.vectors == sum(one.vectors[0] for one in laid.members)
+        want = {one.name: next(iter(one.vectors), None) for one in laid.members}
+        assert got_each == want
+        assert laid.interrupts.vectors == sum(filter(None, want.values()))
         interrupts = (await vm.run("cat", "/proc/interrupts")).stdout
         assert len(re.findall(r"virtio\d+-(?:in|out)put\.\d", interrupts)) == 2 * count
 
@@ -191,4 +192,5 @@ async def test_a_boot_costs_as_many_accesses_as_there_are_functions(
             print(f"boot to the agent: {vm.boot_seconds:.2f} s")
             totals.append(each)
     [[one], eight] = totals
-    assert set(eight) == {one}
+    # The one that Linux meets first is asked once more.
+    assert all(one - each in (0, 1) for each in eight)
