@@ -25,6 +25,7 @@ OWN = {
     "serve": "vbus.cli.serve:serve",
     "demo": "vbus.cli.demo:demo",
     "bus": "vbus.cli.objects:bus",
+    "compare": "vbus.cli.compare:compare",
     "class": "vbus.cli.objects:device_class",
     "device": "vbus.cli.objects:device",
     "guest": "vbus.cli.objects:guest",

@@ -1,0 +1,151 @@
+"""`vbus compare` as a user runs it."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from vbus.compare.result import SCHEMA_FILE
+
+WITHIN_S = 120
+
+
+def vbus(*words: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "vbus", "compare", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def test_tables_for_people() -> None:
+    """R62: by model, and the sentences of the threads with their numbers."""
+    done = vbus("--devices", "1,8")
+    assert done.returncode == 0, done.stderr
+    assert "vbus bridge" in done.stdout
+    assert "~ modelled   = measured" in done.stdout
+    assert "over 500" in done.stdout
+    assert "kvm list, February to April 2013" in done.stdout
+    assert done.stderr == ""
+
+
+def test_json_keeps_to_the_schema() -> None:
+    done = vbus("--devices", "1,40", "--platform", "bare", "--json")
+    value = json.loads(done.stdout)
+    jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text()))
+    assert value["platform"]["name"] == "bare"
+    [ports] = [r for r in value["layouts"] if r["name"] == "virtio-transitional-ports"]
+    assert ports["limit"]["devices"] == 15
+    assert ports["limit"]["resource"] == "I/O ports"
+
+
+def test_csv_has_a_number_a_line() -> None:
+    rows = list(csv.DictReader(io.StringIO(vbus("--devices", "8", "--csv").stdout)))
+    assert {row["section"] for row in rows} == {
+        "costs", "layout", "doorbell", "load", "claim",
+    }  # fmt: skip
+
+
+def test_html_is_written_beside_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    done = vbus("--devices", "1,8", "--html", path)
+    assert done.returncode == 0, done.stderr
+    text = path.read_text()
+    assert text.startswith("<!doctype html>")
+    assert text.count("<svg") >= 8
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--devices", "0"),
+        ("--devices", "9000"),
+        ("--devices", "x"),
+        ("--json", "--csv"),
+        ("--platform", "vax"),
+        ("--rounds", "0"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(words: tuple[str, ...]) -> None:
+    assert vbus(*words).returncode == 2
+
+
+def test_another_cost_model_is_named_and_used(tmp_path: Path) -> None:
+    """R30: the costs of a file, as calibrate writes it."""
+    report = json.loads(vbus("--devices", "1", "--json").stdout)
+    costs = report["costs"] | {"name": "mine", "source": "my machine"}
+    costs["entries"]["hole_user"]["modelled"] = 12.0
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(costs))
+    again = json.loads(vbus("--devices", "1", "--json", "--costs", path).stdout)
+    assert again["costs"]["name"] == "mine"
+    name = "enumeration_hole_user"
+    before, after = (
+        r["layouts"][0]["points"][0]["quantities"][name]["modelled"]
+        for r in (report, again)
+    )
+    assert after == 2 * before
+
+
+def test_a_bad_cost_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_text("{}")
+    done = vbus("--costs", path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "costs.json" in done.stderr
+
+
+@pytest.mark.slow
+def test_measure_is_in_every_report(tmp_path: Path) -> None:
+    """R62: measured on real guests, with how often and how far apart."""
+    done = vbus("--devices", "2", "--measure", "--rounds", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text()))
+    points = {at["layout"]: at["quantities"] for at in value["measured"]["points"]}
+    assert points["vbus-bridge"]["call"]["measured"]["count"] == 2
+    assert points["function-each"]["functions"]["measured"]["median"] == 2
+    assert value["measured"]["not_measured"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_what_was_measured() -> None:
+    """Exit status 130, and a whole report of the rounds that were done."""
+    words = ["--devices", "1,2", "--measure", "--rounds", "40", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vbus", "compare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    tasks = Path(f"/proc/{process.pid}/task")
+    seen: set[str] = set()
+    end = time.monotonic() + WITHIN_S
+    while len(seen) < 6:  # a daemon and a guest each round: two rounds are whole
+        assert time.monotonic() < end
+        assert process.poll() is None
+        for path in tasks.glob("*/children"):
+            with suppress(OSError):  # the thread may have ended
+                seen.update(path.read_text().split())
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 130, err
+    value = json.loads(out)
+    jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text()))
+    assert value["interrupted"]
+    assert value["measured"]["points"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in seen)

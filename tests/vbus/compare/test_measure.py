@@ -1,0 +1,145 @@
+"""Measuring: real daemons and real guests, few devices; how long it takes decides
+nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from vbus.compare import measure, subjects, words
+from vbus.compare.measure import HOT, Samples, loaded_count, one_round
+from vbus.compare.subjects import FunctionEach, OneBridge, SubjectError, Way
+
+MANY = 4
+KNOWN = set(words.MEASURES)
+RINGED = {"interrupts_per_1000", "messages_per_s"}
+
+
+def children() -> set[str]:
+    """Processes that this one has started, from whichever thread."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {pid for path in tasks for pid in path.read_text().split()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [OneBridge(), FunctionEach()], ids=lambda way: way.name)
+async def test_a_round_measures_everything(way: Way, no_fd_leak: None) -> None:
+    """R62: the same devices both ways; functions and vectors are what was asked for."""
+    before = children()
+    found = await one_round(way, MANY, loaded=True)
+    each = isinstance(way, FunctionEach)
+    assert set(found.values) == KNOWN - ({"hot_remove"} if each else set())
+    assert found.values["functions"] == (MANY if each else 1)
+    assert found.values["vectors"] == (MANY if each else 8)
+    assert set(found.loads) == {1, 2, 4, 8, 16}
+    for values in found.loads.values():
+        assert set(values) == RINGED
+        assert 0 < values["interrupts_per_1000"] <= 2000
+    assert children() <= before
+
+
+@pytest.mark.slow
+async def test_accesses_and_descriptors_grow_with_functions_only() -> None:
+    """R10, R40, R41: counted by the server, the same for any number of devices behind
+    one bridge; each function more costs as much again as the first."""
+    bridge = [await one_round(OneBridge(), n, loaded=False) for n in (1, MANY)]
+    each = [await one_round(FunctionEach(), n, loaded=False) for n in (1, MANY)]
+    for name in ("config_accesses", "region_accesses"):
+        assert bridge[0].values[name] == bridge[1].values[name] > 0
+        assert each[1].values[name] == MANY * each[0].values[name] > 0
+    more = [
+        MANY * rounds[1].values["fds_open"] - rounds[0].values["fds_open"]
+        for rounds in (bridge, each)
+    ]
+    assert more[0] < more[1]
+
+
+@pytest.mark.slow
+async def test_devices_come_and_go_in_both_ways() -> None:
+    """R8: behind the bridge no function comes with a device."""
+    async with subjects.daemon() as host:
+        way = OneBridge()
+        assert await way.add(host, 0) == host.socket("bus0")
+        assert [await way.add(host, n) for n in range(1, HOT)] == [None] * (HOT - 1)
+        assert len(await host.control.request("guest.show")) == 1
+    async with subjects.daemon() as host:
+        each = FunctionEach()
+        places = [await each.add(host, n) for n in range(3)]
+        assert len(set(places)) == len(await host.control.request("guest.show")) == 3
+
+
+async def test_a_guest_that_ends_is_said_to_have_ended(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nothing.sock")
+    async with subjects.trial_guest(OneBridge(), 1, [nowhere], loaded=False) as guest:
+        with pytest.raises(SubjectError, match="the guest ended"):
+            await guest.until("attached")
+
+
+def test_a_way_that_fails_is_not_tried_with_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reason is in the result; the other way goes on."""
+    tried: list[tuple[str, int]] = []
+
+    async def one_round(way: Way, count: int, *, loaded: bool) -> measure.Round:
+        tried.append((way.name, count))
+        if isinstance(way, FunctionEach) and count > 1:
+            raise SubjectError("too many files")
+        return measure.Round({"attach": float(count)})
+
+    monkeypatch.setattr(measure, "one_round", one_round)
+    found, interrupted = measure.measure((1, 8, 32), 2)
+    assert not interrupted
+    assert tried.count(("function-each", 8)) == 1
+    assert ("function-each", 32) not in tried
+    stopped = {(at.layout, at.devices): at.stopped for at in found.points}
+    assert stopped["function-each", 8] == "too many files"
+    assert stopped["vbus-bridge", 32] is None
+
+
+def test_interrupted_keeps_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a round: the rounds before it count."""
+    rounds = iter(range(100))
+
+    async def one_round(way: Way, count: int, *, loaded: bool) -> measure.Round:
+        number = next(rounds)
+        if number == 5:
+            raise KeyboardInterrupt
+        await trio.lowlevel.checkpoint()
+        return measure.Round({"attach": float(number)}, {1: {"messages_per_s": 1.0}})
+
+    monkeypatch.setattr(measure, "one_round", one_round)
+    found, interrupted = measure.measure((1, 8), 9)
+    assert interrupted
+    counts = {
+        at.layout: sample.count
+        for at in found.points
+        if (sample := at.quantities["attach"].measured)
+    }
+    assert counts == {"vbus-bridge": 3, "function-each": 2}
+
+
+def test_median_and_spread_over_the_rounds() -> None:
+    samples = Samples()
+    for value in (5.0, 1.0, 3.0):
+        samples.add("vbus-bridge", 8, measure.Round({"call": value}))
+    [point] = measure._result(samples).points
+    sample = point.quantities["call"].measured
+    assert sample is not None
+    assert (sample.median, sample.low, sample.high, sample.count) == (3.0, 1.0, 5.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "loaded"), [((1, 8, 32, 128), 32), ((1, 8), 8), ((200, 40), 40)]
+)
+def test_load_is_tried_where_there_are_devices_enough(
+    devices: tuple[int, ...], loaded: int
+) -> None:
+    assert loaded_count(devices) == loaded
+
+
+def test_the_machine_is_named() -> None:
+    machine = measure._result(Samples()).machine
+    assert f"{len(os.sched_getaffinity(0))} CPUs" in machine
+    assert "Linux" in machine
