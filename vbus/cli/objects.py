@@ -104,12 +104,14 @@ def device() -> None:
 @click.argument("name")
 @click.option("--class", "class_name", required=True, help="What to make it of.")
 @click.option("--bus", "buses", multiple=True, help="Put it on this bus.")
+@click.option("--backend", default="", help="Which backend makes it.")
 @click.argument("attributes", nargs=-1, metavar="[KEY=VALUE]...")
 @as_json
 def device_add(
     name: str,
     class_name: str,
     buses: tuple[str, ...],
+    backend: str,
     attributes: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -119,6 +121,7 @@ def device_add(
         name=name,
         class_name=class_name,
         buses=buses,
+        backend=backend,
         attributes=settings(attributes),
         as_json=as_json,
     )
@@ -130,6 +133,14 @@ def device_add(
 def device_del(name: str, as_json: bool) -> None:
     """Take a device off its buses and remove it."""
     act("device.remove", name=name, as_json=as_json)
+
+
+@device.command("restart")
+@click.argument("name")
+@as_json
+def device_restart(name: str, as_json: bool) -> None:
+    """Make a device anew, with its backend's process if it has one of its own."""
+    act("device.restart", name=name, as_json=as_json)
 
 
 @device.command("set")
