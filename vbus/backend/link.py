@@ -145,7 +145,9 @@ class BackendLink:
         self._deadline_s = deadline_s
         self._hello_s = hello_s
         self._hello = trio.Event()
-        self._waiting: dict[int, Done] = {}
+        self._waiting: dict[int, tuple[wire.Request, Done]] = {}
+        self._calls = 0
+        self._call_left = trio.lowlevel.ParkingLot()
         self._mirrors: dict[GuestMemory, _Mirror] = {}
         self._remotes: dict[Connection, _Remote] = {}
         self._numbers: dict[int, _Remote] = {}
@@ -183,6 +185,7 @@ class BackendLink:
     async def _end(self, orderly: bool) -> None:
         self.ending = True
         self._socket.close()
+        await self._fail_calls()
         if not await self.process.end(orderly=orderly):
             log.error("%s: process %d cannot be killed", self.name, self.process.pid)
         self.process.close()
@@ -192,8 +195,21 @@ class BackendLink:
         for mirror in self._mirrors.values():
             mirror.memory.detach(mirror)
         waiting, self._waiting = self._waiting, {}
-        for done in waiting.values():
+        for _, done in waiting.values():
             done(None)
+
+    async def _fail_calls(self) -> None:
+        """Let the calls under way fail before the guest hears that the device is gone.
+
+        They hold nothing of the guest's; all else is answered by the process's end.
+        """
+        for id, (request, done) in tuple(self._waiting.items()):
+            if isinstance(request, wire.Call):
+                del self._waiting[id]
+                done(None)
+        with trio.CancelScope(shield=True):
+            while self._calls:
+                await self._call_left.park()
 
     def statistics(self) -> LinkStatistics:
         return LinkStatistics(
@@ -243,9 +259,8 @@ class BackendLink:
         self._socket.send(wire.encode(wire.Welcome(wire.VERSION, name)))
 
     def _answered(self, event: Answered) -> None:
-        done = self._waiting.pop(event.request.id, None)
-        if done is not None:
-            done(event.reply)
+        _, done = self._waiting.pop(event.request.id)
+        done(event.reply)
 
     def request(
         self,
@@ -259,7 +274,7 @@ class BackendLink:
             done(None)
             return request.id
         frame = self._core.request(request, trio.current_time(), len(fds))
-        self._waiting[request.id] = done
+        self._waiting[request.id] = (request, done)
         self._requests += 1
         if not self.ending:  # else it hears nothing any more; its end is the answer
             self._socket.send(frame, fds)
@@ -406,7 +421,14 @@ class BackendLink:
     ) -> CallResult:
         """Call there."""
         number = self._remote(connection).number
-        reply = await self.ask(lambda id: wire.Call(id, number, function, data, flags))
+        self._calls += 1
+        try:
+            reply = await self.ask(
+                lambda id: wire.Call(id, number, function, data, flags)
+            )
+        finally:
+            self._calls -= 1
+            self._call_left.unpark_all()
         return reply.result, reply.data
 
     async def close(self, connection: Connection) -> None:
