@@ -233,12 +233,14 @@ class Traffic:
         self.exchanged = 0
         self.lives = 0
         """How often the driver of its device started."""
+        self.scope = trio.CancelScope()
         self._more = trio.lowlevel.ParkingLot()
 
     async def run(self) -> None:
         async with attach(self.path, memory_mib=16) as bridge:
             host = DriverHost(bridge, drivers={"org.vbus.echo": self._driver})
-            await host.run()
+            with self.scope:  # inside, or nobody would hear the host's last answers
+                await host.run()
 
     def _driver(self, device: DeviceProxy, options: object) -> "_Exchanging":
         return _Exchanging(device, self)
@@ -313,7 +315,8 @@ async def test_random_kills_under_traffic_hurt_only_the_killed(tmp_path: Path) -
                 for guest in guests:
                     await guest.goes_on()
             assert [guest.lives for guest in guests] == [1 + n for n in kills]
-            nursery.cancel_scope.cancel()
+            for guest in guests:
+                guest.scope.cancel()
         print(f"back after {sorted(came_back)[len(came_back) // 2]:.2f} s (median)")
         after = settled(daemon)
         assert after == before
