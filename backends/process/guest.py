@@ -49,16 +49,16 @@ class _Opened:
 class GuestSide:
     """A guest's memory and its connections."""
 
-    def __init__(self, nursery: trio.Nursery, failed: Failed) -> None:
+    def __init__(self, name: str, nursery: trio.Nursery, failed: Failed) -> None:
         """`failed` gets the number of a connection that ended here, and why."""
         self.memory = AddressSpace()
-        self.name = ""
+        self._name = name
         self._failed = failed
         self._opened: dict[int, _Opened] = {}
         tasks = BridgeTasks(nursery)
         tasks.failed = self._connection_failed
         self._client = BusClient(
-            "", self.memory, _NoEvents(), tasks, ClientCounters(), timeout_s=CLOSE_S
+            name, self.memory, _NoEvents(), tasks, ClientCounters(), timeout_s=CLOSE_S
         )
 
     def map(self, ranges: Sequence[wire.Range], fds: Sequence[int]) -> None:
@@ -168,7 +168,7 @@ class GuestSide:
     def _find(self, number: int) -> tuple[_Opened, Connection]:
         opened = self._opened.get(number)
         if opened is None or opened.connection is None:
-            raise NotFoundError(f"{self.name} has no connection {number}")
+            raise NotFoundError(f"{self._name} has no connection {number}")
         return opened, opened.connection
 
     def _connection_failed(self, connection: Connection, error: Exception) -> None:

@@ -223,7 +223,11 @@ class BackendHost:
     # Guests
 
     def _map(self, said: wire.Map, fds: list[int]) -> None:
-        self._guest(said.guest).map(said.ranges, fds)
+        guest = self._guests.get(said.guest)
+        if guest is None:
+            guest = GuestSide(said.guest_name, self._nursery, self._failed)
+            self._guests[said.guest] = guest
+        guest.map(said.ranges, fds)
 
     def _unmap(self, said: wire.Unmap, _fds: list[int]) -> None:
         guest = self._guests.get(said.guest)
@@ -240,20 +244,14 @@ class BackendHost:
                 if owner is not guest
             }
 
-    def _guest(self, number: int, name: str = "") -> GuestSide:
-        guest = self._guests.get(number)
-        if guest is None:
-            guest = self._guests[number] = GuestSide(self._nursery, self._failed)
-        if name:
-            guest.name = name
-        return guest
-
     def _failed(self, connection: int, message: str) -> None:
         self._say(wire.Failed(connection, message[:_TEXT]))
 
     def _open(self, said: wire.Open, _fds: list[int]) -> "_Later | wire.Reply":
         device = self._model.device(said.device)
-        guest = self._guest(said.guest, said.guest_name)
+        guest = self._guests.get(said.guest)
+        if guest is None:
+            raise NotFoundError(f"no guest {said.guest}")
         self._owners[said.connection] = guest
         return _answer(guest.open(said.connection, device, said.version))
 

@@ -19,6 +19,7 @@ from shm import Doorbell
 from vbus.backend import wire
 from vbus.backend.core import Answered, BackendCore
 from vbus.backend.device import refusal
+from vbus.backend.mirror import Mirror
 from vbus.backend.process import Process
 from vbus.connection import Connection, SharedMemory
 from vbus.device import CallResult
@@ -31,7 +32,7 @@ from vbus.errors import (
     VbusError,
     class_of,
 )
-from vbus.memory import GuestMemory, Mapped
+from vbus.memory import GuestMemory
 from vbus.vfio_user.transport import FdSocket, close_all
 
 log = logging.getLogger(__name__)
@@ -69,58 +70,12 @@ class _Hung(Exception):
 class _Remote:
     """One connection of a guest to a device there."""
 
-    def __init__(self, number: int, mirror: "_Mirror") -> None:
+    def __init__(self, number: int, mirror: "Mirror") -> None:
         self.number = number
         self.mirror = mirror
         self.bells: list[Doorbell] = []
         self.failed = trio.Event()
         self.reason = ""
-
-
-class _Mirror:
-    """The memory of one guest over there, as long as it has something open."""
-
-    def __init__(self, link: "BackendLink", number: int, memory: GuestMemory) -> None:
-        self.number = number
-        self.users = 0
-        self.memory = memory
-        self._link = link
-        ranges = memory.ranges()
-        for start in range(0, len(ranges), wire.MAX_FDS):
-            self._map(ranges[start : start + wire.MAX_FDS])
-        memory.attach(self)
-
-    def mapped(self, range: Mapped) -> None:
-        self._map([range])
-
-    def _map(self, ranges: Sequence[Mapped]) -> None:
-        said = tuple(
-            wire.Range(one.addr, one.size, one.offset, one.writable, one.truncatable)
-            for one in ranges
-        )
-        self._link.request(
-            lambda id: wire.Map(id, self.number, said),
-            self._was_mapped,
-            [one.fd for one in ranges],
-        )
-
-    def _was_mapped(self, reply: wire.Reply | None) -> None:
-        if reply is not None and reply.result < 0:
-            log.warning("%s cannot map memory: %s", self._link.name, reply.message)
-
-    def unmapped(self, addr: int, size: int) -> None:
-        done = self.memory.retracting()
-        number = self.number
-        if size >> 64:
-            self._link.request(lambda id: wire.Forget(id, number), lambda _: done())
-        else:
-            self._link.request(
-                lambda id: wire.Unmap(id, number, addr, size), lambda _: done()
-            )
-
-    def end(self) -> None:
-        self.memory.detach(self)
-        self.unmapped(0, 1 << 64)
 
 
 class BackendLink:
@@ -148,7 +103,7 @@ class BackendLink:
         self._waiting: dict[int, tuple[wire.Request, Done]] = {}
         self._calls = 0
         self._call_left = trio.lowlevel.ParkingLot()
-        self._mirrors: dict[GuestMemory, _Mirror] = {}
+        self._mirrors: dict[GuestMemory, Mirror] = {}
         self._remotes: dict[Connection, _Remote] = {}
         self._numbers: dict[int, _Remote] = {}
         self._last_number = 0
@@ -193,7 +148,7 @@ class BackendLink:
         for remote in self._numbers.values():
             _close_bells(remote)
         for mirror in self._mirrors.values():
-            mirror.memory.detach(mirror)
+            mirror.detach()
         waiting, self._waiting = self._waiting, {}
         for _, done in waiting.values():
             done(None)
@@ -342,7 +297,6 @@ class BackendLink:
                     id,
                     number,
                     remote.mirror.number,
-                    connection.guest,
                     connection.device.name,
                     connection.version,
                 )
@@ -360,7 +314,7 @@ class BackendLink:
             raise InvalidError(f"{connection.guest}'s memory cannot be passed on")
         mirror = self._mirrors.get(memory)
         if mirror is None:
-            mirror = _Mirror(self, self._next_number(), memory)
+            mirror = Mirror(self, self._next_number(), connection.guest, memory)
             self._mirrors[memory] = mirror
         mirror.users += 1
         remote = _Remote(self._next_number(), mirror)

@@ -180,9 +180,10 @@ class Count(Request, frozen=True):
 
 
 class Map(Request, frozen=True):
-    """Memory of a guest, one descriptor for each range."""
+    """Memory of a guest, one descriptor for each range; the first makes it known."""
 
     guest: int
+    guest_name: str
     ranges: tuple[Range, ...]
 
 
@@ -205,7 +206,6 @@ class Open(Request, frozen=True):
 
     connection: int
     guest: int
-    guest_name: str
     device: str
     version: int
 

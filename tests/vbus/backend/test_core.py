@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -18,7 +18,7 @@ requests = st.sampled_from(
         lambda id: wire.Ping(id),
         lambda id: wire.Create(id, "d", "c", {}),
         lambda id: wire.Remove(id, "d"),
-        lambda id: wire.Open(id, id, 1, "g", "d", 1),
+        lambda id: wire.Open(id, id, 1, "d", 1),
         lambda id: wire.Call(id, 1, 0, b"x", 0),
         lambda id: wire.Close(id, max(id - 1, 0)),
         lambda id: wire.End(id, max(id - 2, 0)),
@@ -38,6 +38,7 @@ def ask(made: BackendCore, request: wire.Request, now: float = 0.0) -> wire.Requ
     return request
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=300), max_size=8),
     st.lists(st.integers(1, 50), min_size=1),
@@ -55,6 +56,7 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(
     assert frames.missing == 0
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2000), st.booleans())
 def test_whatever_comes_is_taken_or_a_protocol_error(data: bytes, up: bool) -> None:
     made = core() if up else BackendCore(DEADLINE_S)
@@ -66,6 +68,7 @@ def test_whatever_comes_is_taken_or_a_protocol_error(data: bytes, up: bool) -> N
     made.validate()
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.integers() | st.text() | st.binary(), st.lists))
 def test_whatever_map_comes_is_taken_or_a_protocol_error(value: object) -> None:
     for kind in ("hello", "reply", "failed", "devicefailed", "mystery"):
@@ -123,6 +126,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 TestConversation = Conversation.TestCase
+TestConversation.settings = settings(deadline=None)
 
 
 def refused(made: BackendCore, message: wire.Message, fds: int = 0) -> None:
@@ -157,7 +161,7 @@ def test_connections_are_known_from_open_to_the_reply_to_end() -> None:
     made = core()
     refused(made, wire.Failed(7))
     made = core()
-    ask(made, wire.Open(1, 7, 1, "g", "d", 1))
+    ask(made, wire.Open(1, 7, 1, "d", 1))
     assert made.feed(wire.encode(wire.Failed(7))) == [wire.Failed(7)]
     made.feed(wire.encode(wire.Reply(1)))
     ask(made, wire.End(2, 7))
@@ -168,7 +172,7 @@ def test_connections_are_known_from_open_to_the_reply_to_end() -> None:
 
 def test_a_refused_open_leaves_no_connection() -> None:
     made = core()
-    ask(made, wire.Open(1, 7, 1, "g", "d", 1))
+    ask(made, wire.Open(1, 7, 1, "d", 1))
     made.feed(wire.encode(wire.Reply(1, -16)))
     refused(made, wire.Failed(7))
 
