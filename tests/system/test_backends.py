@@ -15,6 +15,7 @@ from proxy.drivers.echo import EchoDriver
 from proxy.guest import attach
 from proxy.registry import DriverHost, Report, State
 from proxy.vfio_user import VfioUserClient
+from tests.netns import isolated
 from tests.system.served import WITHIN_S, Served
 from vbus.errors import InvalidError, NotFoundError
 from vbus.vfio_user import wire
@@ -279,3 +280,47 @@ def test_what_a_backend_refuses_is_the_guests_errno(tmp_path: Path) -> None:
                 assert (await echo.call(0, b"lives"))[1] == b"lives"
 
         trio.run(refused)
+
+
+NET = """
+[[backend]]
+name = "net"
+classes = ["switch", "venet"]
+[[device]]
+name = "lan0"
+class = "switch"
+[[device]]
+name = "p0"
+class = "venet"
+bus = "bus0"
+switch = "lan0"
+"""
+
+
+@isolated
+async def test_venet_and_its_switch_run_unchanged_in_a_backend(tmp_path: Path) -> None:
+    """R60: the guest's interface sends; the switch in the other process counts."""
+    with Served(tmp_path, BUS + NET) as daemon:
+        async with attach(daemon.socket("g1")) as bridge, trio.open_nursery() as tasks:
+            running = trio.Event()
+
+            def note(report: Report) -> None:
+                if report.state is State.RUNNING:
+                    running.set()
+
+            host = DriverHost(bridge, report=note, defaults={"virtual-ethernet": {}})
+            tasks.start_soon(host.run)
+            with trio.fail_after(WITHIN_S):
+                await running.wait()
+            # IPv6 announces itself on an interface that comes up.
+            await trio.run_process(["ip", "link", "set", "p0", "up"])
+            with trio.fail_after(WITHIN_S):
+                while not (await sent(daemon))["tx_frames"]:
+                    pass
+            tasks.cancel_scope.cancel()
+
+
+async def sent(daemon: Served) -> "dict[str, int]":
+    counted = await trio.to_thread.run_sync(daemon.ask, "stats", "devices/p0")
+    assert isinstance(counted, dict)
+    return counted
