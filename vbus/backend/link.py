@@ -133,6 +133,9 @@ class BackendLink:
             orderly = isinstance(cause, _Gone)
             self._hung = isinstance(cause, _Hung)
             reason = str(cause)
+        except* Exception as group:
+            log.error("%s: serving it failed", self.name, exc_info=group)
+            orderly, reason = False, f"serving it failed: {_first(group)!r}"
         finally:
             await self._end(orderly)
         return reason
