@@ -6,7 +6,7 @@ import sys
 import click
 from rich.console import Console
 
-from bench import control, machine, messages, network, virtio_vm, virtqueue
+from bench import backend, control, machine, messages, network, virtio_vm, virtqueue
 from bench.harness import Results, Suite
 from bench.processes import Skipped
 from bench.table import as_json, show_metrics, show_targets
@@ -16,6 +16,7 @@ _WIDTH = 120
 SUITES: tuple[Suite, ...] = (
     *messages.SUITES,
     *control.SUITES,
+    *backend.SUITES,
     *network.SUITES,
     *virtqueue.SUITES,
 )

@@ -22,6 +22,11 @@ switch = "lan0"
 ifname = "hub0"
 address = "{HUB_ADDRESS}/{PREFIX}"
 """
+_BACKEND = """
+[[backend]]
+name = "net"
+classes = ["switch", "switch-tap", "venet"]
+"""
 _GUEST = """
 [[bus]]
 name = "{name}"
@@ -36,10 +41,10 @@ bus = "{name}"
 """
 
 
-def vbus(hub: Place, guests: list[Place]) -> dict[str, float]:
+def vbus(hub: Place, guests: list[Place], more: str = "") -> dict[str, float]:
     """Measure the bus: the daemon in the hub, a guest process in each namespace."""
     names = [f"g{nth}" for nth in range(1, 1 + len(guests))]
-    config = _CONFIG + "".join(_GUEST.format(name=name) for name in names)
+    config = _CONFIG + more + "".join(_GUEST.format(name=name) for name in names)
     with Daemon(config) as daemon, contextlib.ExitStack() as stack:
         running = []
         for name, place in zip(names, guests, strict=True):
@@ -124,6 +129,9 @@ def main(kind: str) -> None:
     guests = [Place.guest(1), Place.guest(2)]
     if kind == "vbus":
         report(vbus(hub, guests))
+        return
+    if kind == "backend":
+        report(vbus(hub, guests, _BACKEND))
         return
     with tempfile.TemporaryDirectory() as folder:
         if kind == "veth":

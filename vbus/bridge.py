@@ -15,14 +15,14 @@ register write starts and cannot end at once is given back as a Pending.
 
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC
 from typing import Any
 
 from outcome import Outcome
 
-from shm import AddressSpace, View
+from shm import View
 from vbus import abi
 from vbus.abi import BridgeCall, EventId
 from vbus.bus import Bus, Interface
@@ -39,6 +39,7 @@ from vbus.errors import VbusError
 from vbus.eventring import EventRing
 from vbus.events import Event, EventQueues, EventStatistics
 from vbus.hypercall import Hypercalls
+from vbus.memory import GuestMemory
 from vbus.pci.config_space import Bar, ConfigSpace, Identity, Msi, Msix
 from vbus.pci.function import ConfiguredFunction, IoEventFd, Pending
 
@@ -124,6 +125,8 @@ def config_space(*, msix: bool) -> ConfigSpace:
 class Bridge(ConfiguredFunction):
     """The bridge function of one guest."""
 
+    memory: GuestMemory
+
     def __init__(
         self,
         bus: Bus,
@@ -139,7 +142,7 @@ class Bridge(ConfiguredFunction):
         `call_timeout_s` bounds each call of a device; `new_handle` gives candidates
         for DEVOPEN's handles.
         """
-        super().__init__(config_space(msix=msix), AddressSpace())
+        super().__init__(config_space(msix=msix), GuestMemory())
         self.name = name
         self.bus = bus
         self.events = EventQueues(self._queue_faulted)
@@ -217,6 +220,9 @@ class Bridge(ConfiguredFunction):
         for index, ring in reversed(list(enumerate(self._session.rings))):
             found.append(IoEventFd(abi.SIGNAL_EVENTQ, 4, ring.doorbell.fileno(), index))
         return found[:limit]
+
+    def fence(self) -> Callable[[], Awaitable[object]] | None:
+        return self.memory.fence()
 
     # What comes from the device's side
 

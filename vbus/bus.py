@@ -240,8 +240,9 @@ class BusModel:
         name: str,
         class_name: str,
         attributes: Mapping[str, object] | None = None,
+        cls: type[Device] | None = None,
     ) -> Device:
-        """Make a device and let it set itself up.
+        """Make a device and let it set itself up; `cls` if it is no class of ours.
 
         Raises InvalidError, ExistsError, NotFoundError, or what its `setup` raises;
         nothing is left of it then.
@@ -249,7 +250,7 @@ class BusModel:
         check_name(name)
         if name in self.devices:
             raise ExistsError(f"device {name} exists")
-        cls = self.device_class(class_name)
+        cls = self.device_class(class_name) if cls is None else cls
         check_type(cls)
         host = _Host(self, name)
         device = cls(name, host, **(attributes or {}))

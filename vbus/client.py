@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EIO
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import outcome
 import trio
@@ -32,7 +32,7 @@ from vbus.errors import (
     NotFoundError,
     VbusError,
 )
-from vbus.events import Event, EventQueues
+from vbus.events import Event
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,6 +103,15 @@ class Signal(NamedTuple):
     event: Event
 
 
+class EventSink(Protocol):
+    """Where events towards the guest go: its `EventQueues`."""
+
+    @property
+    def waiting(self) -> int: ...
+    def post(self, *events: Event) -> None: ...
+    def close(self, event: Event, cookie: int) -> None: ...
+
+
 def random_handle() -> int:
     """Make a handle that says nothing and cannot be guessed."""
     return secrets.randbits(64)
@@ -128,7 +137,7 @@ class BusClient:
         self,
         guest: str,
         memory: AddressSpace,
-        events: EventQueues,
+        events: EventSink,
         effects: BridgeEffects,
         counters: ClientCounters,
         *,
@@ -324,7 +333,7 @@ class BusClient:
         self._withdraw(connection, Ended.CLOSED)
 
         def ended(answer: Outcome[None]) -> None:
-            self._release(connection)
+            self.release(connection)
             self._forget(connection)
             if isinstance(answer, Error):
                 self._close_failed(connection, answer.error)
@@ -353,7 +362,7 @@ class BusClient:
         for connection in [*self._opening, *self.connections.values()]:
             self._abort_or_end(connection, Ended.RESET)
         for connection in tuple(self._closing):
-            self._release(connection)
+            self.release(connection)
 
     def _abort_or_end(self, connection: Connection, reason: Ended) -> None:
         if connection.state is State.OPENING:
@@ -365,6 +374,7 @@ class BusClient:
         """Take the handle away and stop the device's task."""
         del self.connections[connection.handle]
         # The task first: it is cancelled, rather than woken up to find the end.
+        connection.ended = reason
         self._effects.connection_closed(connection, reason)
         connection.state = State.CLOSING
         self._closing.add(connection)
@@ -373,7 +383,7 @@ class BusClient:
     def _close_hook(self, connection: Connection) -> None:
         """Call the device's close, and take the memory before it can await."""
         answer = outcome.capture(connection.device.close, connection)
-        self._release(connection)
+        self.release(connection)
         if isinstance(answer, Error):
             self._close_failed(connection, answer.error)
         elif answer.value is not None and inspect.isawaitable(answer.value):
@@ -398,7 +408,7 @@ class BusClient:
             raise error
         log.error("%r: its close failed", connection, exc_info=error)
 
-    def _release(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
         """End the use of the guest's memory; each signal ends in one SHMCLOSE."""
         self._closing.discard(connection)
         for shm in [*connection.shm.values(), *connection.sharing.values()]:

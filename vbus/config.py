@@ -61,6 +61,8 @@ class DeviceConfig(msgspec.Struct, frozen=True):
     attributes: Mapping[str, Any] = {}
     exposure: Exposure | None = None
     """expose = "pci", with its layout and uid; None: on buses."""
+    backend: str = ""
+    """Which backend makes it; by default the first one that has its class."""
 
 
 class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +83,21 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The deadline of each call of a device."""
 
 
+class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One [[backend]]: device classes that live in a process of their own."""
+
+    name: str
+    classes: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    """What to start; by default `vbus backend run --name NAME CLASS...`."""
+    start: bool = True
+    """Start it, and again when it ends. Otherwise it comes to backends.sock."""
+    deadline_s: Annotated[float, Meta(ge=0.05, le=3600)] = 2.0
+    """How long it may owe an answer that no device takes part in; then it is killed."""
+    restart_limit: Annotated[int, Meta(ge=0)] = 10
+    """Ends in a row after which it is given up."""
+
+
 class Config(msgspec.Struct, frozen=True):
     """A whole configuration; `source` is where it comes from, for messages."""
 
@@ -89,6 +106,7 @@ class Config(msgspec.Struct, frozen=True):
     buses: tuple[BusConfig, ...] = ()
     devices: tuple[DeviceConfig, ...] = ()
     guests: tuple[GuestConfig, ...] = ()
+    backends: tuple[BackendConfig, ...] = ()
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,6 +114,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     bus: tuple[BusConfig, ...] = ()
     device: tuple[dict[str, Any], ...] = ()
     guest: tuple[GuestConfig, ...] = ()
+    backend: tuple[BackendConfig, ...] = ()
 
 
 class _DeviceHead(msgspec.Struct):
@@ -106,6 +125,7 @@ class _DeviceHead(msgspec.Struct):
     layout: str | None = None
     uid: Uid | None = None
     spin_us: SpinUs | None = None
+    backend: str = ""
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -132,10 +152,15 @@ def parse(text: str) -> Config:
         ("bus", [bus.name for bus in file.bus]),
         ("device", [device.name for device in devices]),
         ("guest", [guest.name for guest in file.guest]),
+        ("backend", [backend.name for backend in file.backend]),
     ):
         _check_unique(table, names)
     return Config(
-        daemon=file.daemon, buses=file.bus, devices=devices, guests=file.guest
+        daemon=file.daemon,
+        buses=file.bus,
+        devices=devices,
+        guests=file.guest,
+        backends=file.backend,
     )
 
 
@@ -159,7 +184,7 @@ def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
         raise ConfigError(f"device[{number}]: {error}") from None
     own = {field.encode_name for field in msgspec.structs.fields(_DeviceHead)}
     rest = {key: value for key, value in table.items() if key not in own}
-    return DeviceConfig(head.name, head.class_name, buses, rest, shown)
+    return DeviceConfig(head.name, head.class_name, buses, rest, shown, head.backend)
 
 
 def exposure(

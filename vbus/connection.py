@@ -78,10 +78,12 @@ class SharedMemory:
         prio: int = 0,
         cookie: int = 0,
         post: Callable[[], object] = lambda: None,
+        doorbell: Doorbell | None = None,
     ) -> None:
         """Wrap a view; `post` queues the SHMSIGNAL event.
 
-        With a `signal_offset` the signal must be formatted there: InvalidError.
+        With a `signal_offset` the signal must be formatted there: InvalidError. Its
+        `doorbell` is made if not given.
         """
         self.id = id
         self.view = view
@@ -99,7 +101,7 @@ class SharedMemory:
         self._wanted = False
         if signal_offset is not None:
             self.signal = ShmSignal(view, signal_offset, Locality.SOUTH, self.notify)
-            self.doorbell = Doorbell()
+            self.doorbell = Doorbell() if doorbell is None else doorbell
 
     def __repr__(self) -> str:
         return f"<SharedMemory {self.id}: {self.view.size} bytes>"
@@ -162,6 +164,7 @@ class Connection:
         "_arrivals",
         "_state",
         "device",
+        "ended",
         "guest",
         "handle",
         "memory",
@@ -178,6 +181,7 @@ class Connection:
         self.version = version
         self.memory = memory
         self.handle = 0
+        self.ended: Ended | None = None
         self.shm: dict[int, SharedMemory] = {}
         self.sharing: dict[int, SharedMemory] = {}
         self._state = State.OPENING

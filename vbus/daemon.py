@@ -15,8 +15,9 @@ from pathlib import Path
 
 import trio
 
+from vbus.backend.manager import Backends
 from vbus.bus import BusModel, Change, ChangeKind, Interface, check_name
-from vbus.config import Config, Exposure, GuestConfig
+from vbus.config import Config, DeviceConfig, Exposure, GuestConfig
 from vbus.control.server import ControlServer
 from vbus.device import Device
 from vbus.errors import (
@@ -45,6 +46,7 @@ class Daemon:
         self.config = config
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
+        self.backends = Backends(config.backends, runtime_dir, self.model, self._tell)
         self._guests: dict[str, Guest] = {}
         self._exposed: dict[str, ExposedDevice] = {}
         self._watchers: list[Callable[[Happening], object]] = []
@@ -85,6 +87,7 @@ class Daemon:
             async with trio.open_nursery() as self._device_nursery:
                 unwatch = self.model.watch(self._changed)
                 try:
+                    await self._device_nursery.start(self.backends.serve)
                     async with trio.open_nursery() as self._guest_nursery:
                         await self._populate()
                         await self._guest_nursery.start(
@@ -128,8 +131,27 @@ class Daemon:
             raise
         return device
 
+    async def make_device(self, config: DeviceConfig) -> Device:
+        """Make a device where its class lives: here, or in a backend of its own."""
+        backend = self.backends.of_class(config)
+        if backend is not None:
+            return await backend.add_device(config)
+        if self.backends.of_device(config.name) is not None:
+            raise ExistsError(f"device {config.name} exists")
+        return await self.add_device(
+            config.name,
+            config.class_name,
+            config.attributes,
+            config.buses,
+            config.exposure,
+        )
+
     async def remove_device(self, name: str) -> None:
         """Take a device from where it is shown and remove it; raises as the model."""
+        backend = self.backends.of_device(name)
+        if backend is not None:
+            await backend.remove_device(name)
+            return
         self.model.check_unused(name)
         exposed = self._exposed.get(name)
         if exposed is not None:
@@ -137,6 +159,26 @@ class Daemon:
                 raise BusyError(f"{name} is being added")
             await exposed.remove()
         self.model.remove_device(name)
+
+    async def restart_device(self, name: str) -> list[str]:
+        """Make a device anew: with its backend's process, or here from its attributes.
+
+        Gives the devices that were restarted. Raises BusyError if others use it, or if
+        its backend is not ours to start.
+        """
+        backend = self.backends.of_device(name)
+        if backend is not None:
+            await self.backends.restart(backend.name)
+            return list(backend.wanted)
+        device = self.model.device(name)
+        class_name = self.model.class_name(device)
+        values = {key: device.get_attribute(key) for key in device.attributes}
+        buses = [bus.name for bus, _ in self.model.links(device)]
+        exposed = self._exposed.get(name)
+        exposure = None if exposed is None else exposed.config
+        await self.remove_device(name)
+        await self.add_device(name, class_name, values, buses, exposure)
+        return [name]
 
     def link(self, bus: str, device: str) -> Interface:
         """Put a device on a bus. Raises as the model, InvalidError: it is exposed."""
@@ -197,16 +239,19 @@ class Daemon:
                 self.model.add_bus(bus.name)
         for device in self.config.devices:
             with self._place(f"device {device.name}"):
-                await self.add_device(
-                    device.name,
-                    device.class_name,
-                    device.attributes,
-                    device.buses,
-                    device.exposure,
-                )
+                await self._make_configured(device)
+        await self.backends.tried()
         for guest in self.config.guests:
             with self._place(f"guest {guest.name}"):
                 await self.add_guest(guest)
+
+    async def _make_configured(self, device: DeviceConfig) -> None:
+        """Make a device, or leave it to its backend when that is up."""
+        backend = self.backends.of_class(device)
+        if backend is not None and backend.link is None:
+            backend.want(device)
+        else:
+            await self.make_device(device)
 
     @contextmanager
     def _place(self, part: str) -> Iterator[None]:

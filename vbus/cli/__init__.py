@@ -24,6 +24,7 @@ EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 3, 4, 130
 OWN = {
     "serve": "vbus.cli.serve:serve",
     "demo": "vbus.cli.demo:demo",
+    "backend": "vbus.cli.backends:backend",
     "bus": "vbus.cli.objects:bus",
     "compare": "vbus.cli.compare:compare",
     "class": "vbus.cli.objects:device_class",

@@ -126,6 +126,7 @@ def device() -> None:
     type=click.FloatRange(0),
     help="How long its queues look for requests before they sleep.",
 )
+@click.option("--backend", default="", help="Which backend makes it.")
 @click.argument("attributes", nargs=-1, metavar="[KEY=VALUE]...")
 @as_json
 def device_add(
@@ -136,6 +137,7 @@ def device_add(
     layout: str | None,
     uid: int | None,
     spin_us: float | None,
+    backend: str,
     attributes: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -149,6 +151,7 @@ def device_add(
         layout=layout,
         uid=uid,
         spin_us=spin_us,
+        backend=backend,
         attributes=settings(attributes),
         as_json=as_json,
     )
@@ -160,6 +163,14 @@ def device_add(
 def device_del(name: str, as_json: bool) -> None:
     """Take a device off its buses and remove it."""
     act("device.remove", name=name, as_json=as_json)
+
+
+@device.command("restart")
+@click.argument("name")
+@as_json
+def device_restart(name: str, as_json: bool) -> None:
+    """Make a device anew, with its backend's process if it has one of its own."""
+    act("device.restart", name=name, as_json=as_json)
 
 
 @device.command("set")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vbus.config import Expose, GuestConfig, SpinUs, Uid, exposure
+from vbus.config import DeviceConfig, Expose, GuestConfig, SpinUs, Uid, exposure
 from vbus.control.show import (
+    show_backend,
     show_buses,
     show_class,
     show_classes,
@@ -56,6 +57,7 @@ class AddDevice(_Args, frozen=True):
     layout: str | None = None
     uid: Uid | None = None
     spin_us: SpinUs | None = None
+    backend: str = ""
 
 
 class SetAttributes(_Args, frozen=True):
@@ -94,8 +96,15 @@ def _class_show(daemon: "Daemon", args: MaybeName) -> object:
 
 async def _device_add(daemon: "Daemon", args: AddDevice) -> object:
     shown = exposure(args.expose, args.buses, args.layout, args.uid, args.spin_us)
-    device = await daemon.add_device(
-        args.name, args.class_name, args.attributes, args.buses, shown
+    device = await daemon.make_device(
+        DeviceConfig(
+            args.name,
+            args.class_name,
+            args.buses,
+            args.attributes,
+            shown,
+            args.backend,
+        )
     )
     return show_devices(daemon, [device])[0]
 
@@ -105,10 +114,14 @@ async def _device_remove(daemon: "Daemon", args: Name) -> object:
     return {"name": args.name}
 
 
-def _device_set(daemon: "Daemon", args: SetAttributes) -> object:
+async def _device_set(daemon: "Daemon", args: SetAttributes) -> object:
     """Set one attribute after the other; ends at the first that is refused."""
     for attribute, value in args.attributes.items():
-        daemon.model.set_attribute(args.name, attribute, value)
+        backend = daemon.backends.of_device(args.name)
+        if backend is not None:
+            await backend.set_attribute(args.name, attribute, value)
+        else:
+            daemon.model.set_attribute(args.name, attribute, value)
     return show_devices(daemon, [daemon.model.device(args.name)])[0]
 
 
@@ -124,8 +137,12 @@ def _link(daemon: "Daemon", args: Link) -> object:
     return {"bus": args.bus, "device": args.device, "id": interface.id}
 
 
-def _unlink(daemon: "Daemon", args: Link) -> object:
-    daemon.model.unlink(args.bus, args.device)
+async def _unlink(daemon: "Daemon", args: Link) -> object:
+    backend = daemon.backends.of_device(args.device)
+    if backend is not None:
+        await backend.unlink(args.bus, args.device)
+    else:
+        daemon.model.unlink(args.bus, args.device)
     return {"bus": args.bus, "device": args.device}
 
 
@@ -144,6 +161,21 @@ def _guest_show(daemon: "Daemon", args: MaybeName) -> object:
     return [show_guest(guest) for guest in daemon.guests.values()]
 
 
+def _backend_show(daemon: "Daemon", args: MaybeName) -> object:
+    if args.name is not None:
+        return [show_backend(daemon.backends.backend(args.name))]
+    return [show_backend(one) for one in daemon.backends.named.values()]
+
+
+async def _backend_restart(daemon: "Daemon", args: Name) -> object:
+    await daemon.backends.restart(args.name)
+    return show_backend(daemon.backends.backend(args.name))
+
+
+async def _device_restart(daemon: "Daemon", args: Name) -> object:
+    return {"restarted": await daemon.restart_device(args.name)}
+
+
 def _tree(daemon: "Daemon", args: Nothing) -> object:
     return {
         "buses": show_buses(daemon, daemon.model.buses.values()),
@@ -152,13 +184,17 @@ def _tree(daemon: "Daemon", args: Nothing) -> object:
     }
 
 
-def _stats(daemon: "Daemon", args: StatsPath) -> object:
+async def _stats(daemon: "Daemon", args: StatsPath) -> object:
+    if args.path.strip("/").partition("/")[0] in ("", "devices"):
+        await daemon.backends.count()
     return statistics(daemon, args.path)
 
 
 Operation = Callable[["Daemon", Any], Awaitable[object] | object]
 
 OPERATIONS: dict[str, tuple[type[_Args], Operation]] = {
+    "backend.restart": (Name, _backend_restart),
+    "backend.show": (MaybeName, _backend_show),
     "bus.add": (Name, _bus_add),
     "bus.remove": (Name, _bus_remove),
     "bus.show": (MaybeName, _bus_show),
@@ -167,6 +203,7 @@ OPERATIONS: dict[str, tuple[type[_Args], Operation]] = {
     "device.remove": (Name, _device_remove),
     "device.set": (SetAttributes, _device_set),
     "device.show": (MaybeName, _device_show),
+    "device.restart": (Name, _device_restart),
     "device.link": (Link, _link),
     "device.unlink": (Link, _unlink),
     "guest.add": (AddGuest, _guest_add),

@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from vbus.attributes import REQUIRED
+from vbus.backend.backend import Backend
 from vbus.bus import Bus, BusModel
 from vbus.device import Device
 from vbus.errors import NotFoundError
@@ -128,6 +129,21 @@ def show_guest(guest: Guest) -> Shown:
     }
 
 
+def show_backend(backend: Backend) -> Shown:
+    link = backend.link
+    there = {device.name for device in backend.devices()}
+    return {
+        "name": backend.name,
+        "state": backend.state.value,
+        "pid": link.process.pid if link is not None else None,
+        "supervised": backend.config.start,
+        "classes": sorted({*backend.config.classes, *backend.classes}),
+        "devices": {name: name in there for name in backend.wanted},
+        "starts": backend.starts,
+        "last_end": backend.last_end,
+    }
+
+
 def statistics(daemon: "Daemon", path: str) -> object:
     """Give all counters as one tree, or the part at `path`. Raises NotFoundError.
 
@@ -145,6 +161,11 @@ def statistics(daemon: "Daemon", path: str) -> object:
                 "memory": exposed.function.memory.statistics,
             }
             for name, exposed in daemon.exposed.items()
+        },
+        "backends": {
+            name: backend.link.statistics
+            for name, backend in daemon.backends.named.items()
+            if backend.link is not None
         },
         "guests": {
             guest.name: {

@@ -108,6 +108,14 @@ class PciFunction(ABC):
         """Give at most `limit` shortcuts for writes to `region`, newest first."""
         return []
 
+    def fence(self) -> Callable[[], Awaitable[object]] | None:
+        """Give what must be awaited before the client gets one more answer.
+
+        Another process may still use memory of which the answer would tell the guest
+        that nobody does. None: nothing. It ends by itself within a deadline.
+        """
+        return None
+
     def statistics(self) -> object:
         """Give a frozen dataclass of counters, or a dict."""
         return {}

@@ -8,7 +8,7 @@ message of ours.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -263,8 +263,31 @@ class Session:
     # Answering
 
     def _answer(self, request: Message, answer: Answer) -> None:
-        if request.wants_reply:
+        if not request.wants_reply:
+            return
+        if answer.fds:
             self._socket.send(wire.reply(request, answer.body), answer.fds)
+        else:
+            self._send(wire.reply(request, answer.body))
+
+    def _send(self, reply: bytes) -> None:
+        """Send a reply, once nobody uses any more what it says is given up."""
+        fence = self._function.fence()
+        if fence is None:
+            self._socket.send(reply)
+        else:
+            self.pending += 1
+            self._nursery.start_soon(self._send_after, fence, reply)
+
+    async def _send_after(
+        self, fence: Callable[[], Awaitable[object]], reply: bytes
+    ) -> None:
+        try:
+            await fence()
+            self._socket.send(reply)
+        finally:
+            self.pending -= 1
+            self._settled.unpark_all()
 
     def _refuse(self, request: Message, code: int, why: str) -> None:
         """Answer with an error, count it, and log it unless there are too many."""
@@ -276,14 +299,14 @@ class Session:
             if self._logged == _LOGGED_ERRORS:
                 self._log.warning("further errors of this client are only counted")
         if request.wants_reply:
-            self._socket.send(wire.error_reply(request, code))
+            self._send(wire.error_reply(request, code))
 
     def _fail(self, request: Message) -> None:
         """Answer EIO for an error of the function's own code."""
         self._counters.errors += 1
         self._log.exception("%s failed", wire.command_name(request.command))
         if request.wants_reply:
-            self._socket.send(wire.error_reply(request, VbusError.errno))
+            self._send(wire.error_reply(request, VbusError.errno))
 
     # Region accesses
 
@@ -302,7 +325,7 @@ class Session:
         if data is None or len(data) != size:
             raise RuntimeError(f"the function gave {data!r} for {size} bytes")
         if message.wants_reply:
-            self._socket.send(wire.reply(message, message.body[:16] + data))
+            self._send(wire.reply(message, message.body[:16] + data))
 
     def _region_write(self, message: Message) -> None:
         offset, region, size, data = wire.RegionAccess.unpack_data(message.body)
@@ -318,7 +341,7 @@ class Session:
 
     def _answer_write(self, message: Message, _data: bytes | None = None) -> None:
         if message.wants_reply:
-            self._socket.send(wire.reply(message, message.body[:16]))
+            self._send(wire.reply(message, message.body[:16]))
 
     def _region_write_multi(self, message: Message) -> None:
         """Begin all writes in order; the reply follows when all are done."""

@@ -79,7 +79,7 @@ def test_json_has_stable_keys(daemon: Served) -> None:
 
 def test_stats_are_a_tree_that_a_path_cuts(daemon: Served) -> None:
     everything = daemon.ask("stats")
-    assert set(everything) == {"daemon", "devices", "functions", "guests"}
+    assert set(everything) == {"daemon", "devices", "functions", "backends", "guests"}
     assert set(everything["guests"]["g1"]) == {"bridge", "server", "memory"}
     bridge = daemon.ask("stats", "guests/g1/bridge")
     assert bridge["fast_calls"] == 0

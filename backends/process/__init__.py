@@ -1,0 +1,1 @@
+"""What runs devices in a process of their own: `vbus backend run`."""

@@ -1,0 +1,493 @@
+"""The daemon's connection to one backend process: its messages, its health, its end.
+
+Owns the socket, the pidfd, the bells that the backend rings to have a guest told, and
+the mirrors of guests' memory. When it ends, for whatever reason, the process is dead
+before anybody hears of it: so no byte of a guest's is touched any more.
+
+A backend that breaks the protocol, or owes an answer longer than its deadline, is
+killed. A guest's call that waits then fails with ETIMEDOUT if it hung, else with ENXIO.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from shm import Doorbell
+from vbus.backend import wire
+from vbus.backend.core import Answered, BackendCore
+from vbus.backend.device import refusal
+from vbus.backend.mirror import Mirror
+from vbus.backend.process import Process
+from vbus.connection import Connection, SharedMemory
+from vbus.device import CallResult
+from vbus.errors import (
+    CallTimeoutError,
+    InvalidError,
+    NoDeviceError,
+    NoSpaceError,
+    ProtocolError,
+    VbusError,
+    class_of,
+)
+from vbus.memory import GuestMemory
+from vbus.vfio_user.transport import FdSocket, close_all
+
+log = logging.getLogger(__name__)
+
+_RECEIVE_SIZE = 65536
+_QUEUE_LIMIT = 16 << 20
+_BEATS = 4
+"""Pings in the time of a deadline."""
+
+Done = Callable[[wire.Reply | None], object]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """Counters of one connection to a backend."""
+
+    requests: int
+    unanswered: int
+    """Requests without a reply so far."""
+    bells: int
+    """Times that a backend had a guest told."""
+    guests: int
+    """Guests whose memory it has now."""
+    connections: int
+
+
+class _Gone(Exception):
+    """The backend hung up."""
+
+
+class _Hung(Exception):
+    """The backend owes an answer for too long."""
+
+
+class _Remote:
+    """One connection of a guest to a device there."""
+
+    def __init__(self, number: int, mirror: "Mirror") -> None:
+        self.number = number
+        self.mirror = mirror
+        self.bells: list[Doorbell] = []
+        self.failed = trio.Event()
+        self.reason = ""
+
+
+class BackendLink:
+    """One connection to one backend process. `serve` it once."""
+
+    def __init__(
+        self,
+        name: str,
+        sock: FdSocket,
+        process: Process,
+        *,
+        deadline_s: float,
+        hello_s: float,
+    ) -> None:
+        self.name = name
+        self.process = process
+        self.ending = False
+        self.ended = False
+        self._hung = False
+        self._socket = sock
+        self._core = BackendCore(deadline_s)
+        self._deadline_s = deadline_s
+        self._hello_s = hello_s
+        self._hello = trio.Event()
+        self._waiting: dict[int, tuple[wire.Request, Done]] = {}
+        self._calls = 0
+        self._call_left = trio.lowlevel.ParkingLot()
+        self._mirrors: dict[GuestMemory, Mirror] = {}
+        self._remotes: dict[Connection, _Remote] = {}
+        self._numbers: dict[int, _Remote] = {}
+        self._last_number = 0
+        self._requests = self._bells = 0
+        self._device_failed: Callable[[str, str], object] = lambda *_: None
+        self._nursery: trio.Nursery
+
+    async def serve(
+        self,
+        up: Callable[[wire.Hello], Awaitable[None]],
+        device_failed: Callable[[str, str], object],
+    ) -> str:
+        """Serve until it ends, and say why; the process is dead then.
+
+        `up` is awaited, in a task of its own, when the backend has said who it is;
+        what VbusError it raises is told to the backend, which has to leave.
+        """
+        self._device_failed = device_failed
+        orderly, reason = True, ""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._socket.run_sender)
+                self._nursery.start_soon(self._watch_health)
+                await self._receive(up)
+        except* (_Gone, _Hung, ProtocolError) as group:
+            cause = _first(group)
+            orderly = isinstance(cause, _Gone)
+            self._hung = isinstance(cause, _Hung)
+            reason = str(cause)
+        except* Exception as group:
+            log.error("%s: serving it failed", self.name, exc_info=group)
+            orderly, reason = False, f"serving it failed: {_first(group)!r}"
+        finally:
+            await self._end(orderly)
+        return reason
+
+    async def _end(self, orderly: bool) -> None:
+        self.ending = True
+        self._socket.close()
+        await self._fail_calls()
+        if not await self.process.end(orderly=orderly):
+            log.error("%s: process %d cannot be killed", self.name, self.process.pid)
+        self.process.close()
+        self.ended = True
+        for remote in self._numbers.values():
+            _close_bells(remote)
+        for mirror in self._mirrors.values():
+            mirror.detach()
+        waiting, self._waiting = self._waiting, {}
+        for _, done in waiting.values():
+            done(None)
+
+    async def _fail_calls(self) -> None:
+        """Let the calls under way fail before the guest hears that the device is gone.
+
+        They hold nothing of the guest's; all else is answered by the process's end.
+        """
+        for id, (request, done) in tuple(self._waiting.items()):
+            if isinstance(request, wire.Call):
+                del self._waiting[id]
+                done(None)
+        with trio.CancelScope(shield=True):
+            while self._calls:
+                await self._call_left.park()
+
+    def statistics(self) -> LinkStatistics:
+        return LinkStatistics(
+            self._requests,
+            self._core.unanswered,
+            self._bells,
+            len(self._mirrors),
+            len(self._remotes),
+        )
+
+    # Messages
+
+    async def _receive(self, up: Callable[[wire.Hello], Awaitable[None]]) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            size = max(_RECEIVE_SIZE, self._core.missing)
+            received = self._socket.receive_nowait(size)
+            if received is None:
+                continue
+            data, fds = received
+            close_all(fds)
+            if not data:
+                raise _Gone("it hung up")
+            for event in self._core.feed(data, len(fds)):
+                if isinstance(event, wire.Hello):
+                    self._hello.set()
+                    self._nursery.start_soon(self._welcome, event, up)
+                elif isinstance(event, Answered):
+                    self._answered(event)
+                elif isinstance(event, wire.Failed):
+                    self._failed(event)
+                else:
+                    self._device_failed(event.device, event.message)
+
+    async def _welcome(
+        self, hello: wire.Hello, up: Callable[[wire.Hello], Awaitable[None]]
+    ) -> None:
+        try:
+            await up(hello)
+        except VbusError as error:
+            self._socket.send(wire.encode(wire.Refused(str(error))))
+            raise ProtocolError(str(error)) from error
+
+    def welcome(self, name: str) -> None:
+        """Tell it that it may stay, and what it is called here."""
+        self.name = name
+        self._socket.send(wire.encode(wire.Welcome(wire.VERSION, name)))
+
+    def _answered(self, event: Answered) -> None:
+        _, done = self._waiting.pop(event.request.id)
+        done(event.reply)
+
+    def request(
+        self,
+        make: Callable[[int], wire.Request],
+        done: Done,
+        fds: Sequence[int] = (),
+    ) -> int:
+        """Ask; `done` gets the reply, or None when the backend is gone."""
+        request = make(self._core.next_id())
+        if self.ended:
+            done(None)
+            return request.id
+        frame = self._core.request(request, trio.current_time(), len(fds))
+        self._waiting[request.id] = (request, done)
+        self._requests += 1
+        if not self.ending:  # else it hears nothing any more; its end is the answer
+            self._socket.send(frame, fds)
+        return request.id
+
+    async def ask(
+        self, make: Callable[[int], wire.Request], fds: Sequence[int] = ()
+    ) -> wire.Reply:
+        """Ask and wait. Raises NoDeviceError or CallTimeoutError if it is gone.
+
+        Cancelled, it tells the backend that nobody waits.
+        """
+        there = trio.Event()
+        replies: list[wire.Reply | None] = []
+
+        def done(reply: wire.Reply | None) -> None:
+            replies.append(reply)
+            there.set()
+
+        id = self.request(make, done, fds)
+        try:
+            await there.wait()
+        except trio.Cancelled:
+            if not self.ending:
+                self._socket.send(wire.encode(wire.Cancel(id)))
+            raise
+        if replies[0] is None:
+            raise self.gone_error()
+        return replies[0]
+
+    def gone_error(self) -> VbusError:
+        """What a request fails with when the backend is gone."""
+        if self._hung:
+            return CallTimeoutError(f"backend {self.name} does not answer")
+        return NoDeviceError(f"backend {self.name} is gone")
+
+    # Health
+
+    async def _watch_health(self) -> None:
+        with trio.move_on_after(self._hello_s):
+            await self._hello.wait()
+        if not self._hello.is_set():
+            raise _Hung(f"no hello within {self._hello_s} s")
+        while True:
+            self.request(wire.Ping, lambda _: None)
+            await trio.sleep(self._deadline_s / _BEATS)
+            late = self._core.overdue(trio.current_time())
+            if late is not None:
+                what = type(late).__name__.lower()
+                raise _Hung(f"no answer to {what} within {self._deadline_s} s")
+            if self._socket.queued_bytes > _QUEUE_LIMIT:
+                raise _Hung(f"it left {self._socket.queued_bytes} bytes unread")
+
+    # What devices do
+
+    async def open(self, connection: Connection) -> None:
+        """Open there; the guest's memory goes along if this is the first."""
+        if self.ending:
+            raise self.gone_error()
+        remote = self._new_remote(connection)
+        number = remote.number
+        try:
+            reply = await self.ask(
+                lambda id: wire.Open(
+                    id,
+                    number,
+                    remote.mirror.number,
+                    connection.device.name,
+                    connection.version,
+                )
+            )
+        except BaseException:
+            self.end(connection)
+            raise
+        if reply.result < 0:
+            self.end(connection)
+            raise _refused(reply, connection)
+
+    def _new_remote(self, connection: Connection) -> _Remote:
+        memory = connection.memory
+        if not isinstance(memory, GuestMemory):
+            raise InvalidError(f"{connection.guest}'s memory cannot be passed on")
+        mirror = self._mirrors.get(memory)
+        if mirror is None:
+            mirror = Mirror(self, self._next_number(), connection.guest, memory)
+            self._mirrors[memory] = mirror
+        mirror.users += 1
+        remote = _Remote(self._next_number(), mirror)
+        self._remotes[connection] = self._numbers[remote.number] = remote
+        return remote
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+    async def share(self, connection: Connection, shm: SharedMemory) -> None:
+        """Share there, with the guest's doorbell and a bell of ours."""
+        remote = self._remote(connection)
+        fds: list[int] = []
+        bell: Doorbell | None = None
+        if shm.doorbell is not None:
+            try:
+                bell = Doorbell()
+            except OSError as error:
+                raise NoSpaceError(f"no bell: {error.strerror}") from None
+            remote.bells.append(bell)
+            fds = [shm.doorbell.fileno(), bell.fileno()]
+            self._nursery.start_soon(self._watch_bell, bell, shm)
+        try:
+            reply = await self.ask(
+                lambda id: wire.Share(
+                    id,
+                    remote.number,
+                    shm.id,
+                    shm.view.addr,
+                    shm.size,
+                    shm.flags,
+                    shm.signal_offset,
+                    shm.prio,
+                    shm.cookie,
+                ),
+                fds,
+            )
+            if reply.result < 0:
+                raise _refused(reply, connection)
+        except BaseException:
+            if bell is not None and bell in remote.bells:
+                remote.bells.remove(bell)
+                bell.close()
+            raise
+
+    async def _watch_bell(self, bell: Doorbell, shm: SharedMemory) -> None:
+        try:
+            while True:
+                await bell.wait()
+                self._bells += 1
+                shm.notify()
+        except trio.ClosedResourceError:
+            pass
+
+    async def call(
+        self, connection: Connection, function: int, data: bytes, flags: int
+    ) -> CallResult:
+        """Call there."""
+        number = self._remote(connection).number
+        self._calls += 1
+        try:
+            reply = await self.ask(
+                lambda id: wire.Call(id, number, function, data, flags)
+            )
+        finally:
+            self._calls -= 1
+            self._call_left.unpark_all()
+        return reply.result, reply.data
+
+    async def close(self, connection: Connection) -> None:
+        """Close there, when the device has let go; else at once, by `end`."""
+        remote = self._remotes.get(connection)
+        if remote is None:
+            return
+        try:
+            await self.ask(lambda id: wire.Close(id, remote.number))
+        finally:
+            self.end(connection)
+
+    def end(self, connection: Connection) -> None:
+        """End it there, at once; the guest is told nothing before it is done."""
+        remote = self._remotes.pop(connection, None)
+        if remote is None:
+            return
+        _close_bells(remote)
+        done = remote.mirror.memory.retracting()
+
+        def ended(_: wire.Reply | None) -> None:
+            self._numbers.pop(remote.number, None)
+            done()
+
+        self.request(lambda id: wire.End(id, remote.number), ended)
+        remote.mirror.users -= 1
+        if not remote.mirror.users and not self.ended:
+            del self._mirrors[remote.mirror.memory]
+            remote.mirror.end()
+
+    async def retract(self, connections: Sequence[Connection]) -> None:
+        """End connections there and wait: before the guest hears of it."""
+        for connection in connections:
+            remote = self._remotes.get(connection)
+            if remote is not None:
+                await self._end_number(remote.number)
+
+    async def _end_number(self, number: int) -> None:
+        await self.ask(lambda id: wire.End(id, number))
+
+    async def failure(self, connection: Connection) -> None:
+        """Wait until the backend ends this connection; raises what it gave then."""
+        remote = self._remotes.get(connection)
+        if remote is None:
+            return
+        await remote.failed.wait()
+        raise ProtocolError(f"backend {self.name}: {remote.reason}")
+
+    def _failed(self, event: wire.Failed) -> None:
+        remote = self._numbers.get(event.connection)
+        if remote is not None:
+            remote.reason = event.message
+            remote.failed.set()
+
+    def _remote(self, connection: Connection) -> _Remote:
+        remote = self._remotes.get(connection)
+        if remote is None or self.ending:
+            raise self.gone_error()
+        return remote
+
+    # What the manager does
+
+    async def create(
+        self, name: str, class_name: str, attributes: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Make a device there; gives its attributes. Raises what it refuses with."""
+        reply = await self.ask(lambda id: wire.Create(id, name, class_name, attributes))
+        return _values(reply, name)
+
+    async def change(self, name: str, attribute: str, value: object) -> dict[str, Any]:
+        """Set an attribute there; gives all of them."""
+        reply = await self.ask(lambda id: wire.Change(id, name, attribute, value))
+        return _values(reply, name)
+
+    async def remove(self, name: str) -> None:
+        """Remove a device there. Raises BusyError if another one uses it."""
+        _values(await self.ask(lambda id: wire.Remove(id, name)), name)
+
+    async def count(self) -> dict[str, Any]:
+        """Give the statistics of all devices there."""
+        return _values(await self.ask(wire.Count), self.name)
+
+
+def _values(reply: wire.Reply, what: str) -> dict[str, Any]:
+    error = refusal(reply, lambda: what)
+    if error is not None:
+        raise error
+    return reply.values
+
+
+def _refused(reply: wire.Reply, connection: Connection) -> VbusError:
+    message = reply.message or f"{connection.device.name} refuses"
+    return class_of(-reply.result)(message)
+
+
+def _close_bells(remote: _Remote) -> None:
+    for bell in remote.bells:
+        bell.close()
+    remote.bells.clear()
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
