@@ -3,6 +3,8 @@
 Says what buses, devices and guests there shall be; the daemon makes them. A device's
 table holds its name, class and buses, and beside them the attributes of its class,
 which the class itself checks.
+
+A document is a whole file as plain values: what TOML gives and msgpack carries.
 """
 
 import os
@@ -19,7 +21,9 @@ from vbus.errors import ConfigError
 UID_LIMIT = (1 << 32) - 1
 
 
-class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DaemonConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The table [daemon]."""
 
     runtime_dir: str | None = None
@@ -41,7 +45,9 @@ class DeviceConfig(msgspec.Struct, frozen=True):
     attributes: Mapping[str, Any] = {}
 
 
-class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GuestConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One [[guest]]: a bridge onto `bus`, at the socket guests/NAME.sock."""
 
     name: str
@@ -96,9 +102,15 @@ def load(path: str | os.PathLike[str]) -> Config:
 def parse(text: str) -> Config:
     """Take the text of a file. Raises ConfigError, which names the place."""
     try:
-        file = msgspec.convert(tomllib.loads(text), _File)
+        return from_document(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(error)) from None
+
+
+def from_document(document: object) -> Config:
+    """Take a document. Raises ConfigError, which names the place."""
+    try:
+        file = msgspec.convert(document, _File)
     except msgspec.ValidationError as error:
         raise ConfigError(_place(error, "")) from None
     devices = tuple(_device(number, table) for number, table in enumerate(file.device))
@@ -111,6 +123,25 @@ def parse(text: str) -> Config:
     return Config(
         daemon=file.daemon, buses=file.bus, devices=devices, guests=file.guest
     )
+
+
+def to_document(config: Config) -> dict[str, Any]:
+    """Give what `from_document` takes, without what is left at its default."""
+    document = {
+        "daemon": msgspec.to_builtins(config.daemon),
+        "bus": msgspec.to_builtins(config.buses),
+        "device": [_table(device) for device in config.devices],
+        "guest": msgspec.to_builtins(config.guests),
+    }
+    return {key: value for key, value in document.items() if value}
+
+
+def _table(device: DeviceConfig) -> dict[str, Any]:
+    table: dict[str, Any] = {"name": device.name, "class": device.class_name}
+    if device.buses:
+        one = len(device.buses) == 1
+        table["bus"] = device.buses[0] if one else list(device.buses)
+    return {**table, **device.attributes}
 
 
 def _check_unique(table: str, names: Sequence[str]) -> None:

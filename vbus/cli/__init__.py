@@ -28,6 +28,8 @@ OWN = {
     "class": "vbus.cli.objects:device_class",
     "device": "vbus.cli.objects:device",
     "guest": "vbus.cli.objects:guest",
+    "apply": "vbus.cli.desired:apply",
+    "save": "vbus.cli.desired:save",
     "events": "vbus.cli.watching:events",
     "stats": "vbus.cli.watching:stats",
     "tree": "vbus.cli.watching:tree",

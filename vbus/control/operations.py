@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vbus.config import GuestConfig
+from vbus.config import GuestConfig, from_document, to_document
+from vbus.control.apply import apply, running
 from vbus.control.show import (
     show_buses,
     show_class,
     show_classes,
     show_devices,
     show_guest,
+    show_tree,
     statistics,
 )
 from vbus.errors import InvalidError, NotFoundError
@@ -63,6 +65,12 @@ class AddGuest(_Args, frozen=True):
     guest: GuestConfig
 
 
+class Desired(_Args, frozen=True):
+    document: dict[str, Any]
+    dry_run: bool = False
+    force: bool = False
+
+
 class StatsPath(_Args, frozen=True):
     path: str = ""
 
@@ -99,9 +107,7 @@ def _device_remove(daemon: "Daemon", args: Name) -> object:
 
 
 def _device_set(daemon: "Daemon", args: SetAttributes) -> object:
-    """Set one attribute after the other; ends at the first that is refused."""
-    for attribute, value in args.attributes.items():
-        daemon.model.set_attribute(args.name, attribute, value)
+    daemon.model.set_attributes(args.name, args.attributes)
     return show_devices(daemon, [daemon.model.device(args.name)])[0]
 
 
@@ -137,12 +143,22 @@ def _guest_show(daemon: "Daemon", args: MaybeName) -> object:
     return [show_guest(guest) for guest in daemon.guests.values()]
 
 
+def _config(daemon: "Daemon", args: Nothing) -> object:
+    return to_document(running(daemon))
+
+
+async def _apply(daemon: "Daemon", args: Desired) -> object:
+    return await apply(
+        daemon,
+        from_document(args.document),
+        lambda op, step: perform(daemon, op, step),
+        dry_run=args.dry_run,
+        force=args.force,
+    )
+
+
 def _tree(daemon: "Daemon", args: Nothing) -> object:
-    return {
-        "buses": show_buses(daemon, daemon.model.buses.values()),
-        "devices": show_devices(daemon, daemon.model.devices.values()),
-        "guests": [show_guest(guest) for guest in daemon.guests.values()],
-    }
+    return show_tree(daemon)
 
 
 def _stats(daemon: "Daemon", args: StatsPath) -> object:
@@ -165,6 +181,8 @@ OPERATIONS: dict[str, tuple[type[_Args], Operation]] = {
     "guest.add": (AddGuest, _guest_add),
     "guest.remove": (Name, _guest_remove),
     "guest.show": (MaybeName, _guest_show),
+    "config": (Nothing, _config),
+    "apply": (Desired, _apply),
     "stats": (StatsPath, _stats),
     "tree": (Nothing, _tree),
 }

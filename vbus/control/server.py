@@ -11,6 +11,7 @@ import trio
 from vbus.control import wire
 from vbus.control.feed import EventFeed
 from vbus.control.operations import errno_name, perform
+from vbus.control.show import show_tree
 from vbus.errors import BusyError, PermissionDeniedError, ProtocolError, VbusError
 from vbus.sockets import listen, peer_of, unlinker
 
@@ -112,7 +113,7 @@ class _Client:
 
     async def _answer(self, request: wire.Request) -> None:
         if request.op == "events":
-            await self._stream(request.id)
+            await self._stream(request)
             return
         try:
             result = await perform(self._daemon, request.op, request.args)
@@ -144,8 +145,8 @@ class _Client:
         while data:
             data = data[await self._sock.send(data) :]
 
-    async def _stream(self, id: int) -> None:
-        """Send every change until the client leaves.
+    async def _stream(self, request: wire.Request) -> None:
+        """Send what there is, if wanted, and every change since, until it leaves.
 
         One that does not read costs no more than its feed holds, so it may take its
         time: whoever pages through `vbus events` reads again later.
@@ -153,9 +154,11 @@ class _Client:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
             with EventFeed(self._daemon.watch) as feed, suppress(OSError):
-                await self._send(wire.encode(wire.Answer(id, result=True)))
+                # In one step with the start of the feed: nothing falls in between.
+                tree = show_tree(self._daemon) if request.args.get("tree") else None
+                await self._succeed(request.id, {"tree": tree})
                 while True:
-                    event = wire.Answer(id, event=await feed.next())
+                    event = wire.Answer(request.id, event=await feed.next())
                     await self._send_patiently(wire.encode(event))
 
     async def _until_hung_up(self, scope: trio.CancelScope) -> None:

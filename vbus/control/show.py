@@ -113,6 +113,15 @@ def show_guest(guest: Guest) -> Shown:
     }
 
 
+def show_tree(daemon: "Daemon") -> Shown:
+    """Show all that can be managed."""
+    return {
+        "buses": show_buses(daemon, daemon.model.buses.values()),
+        "devices": show_devices(daemon, daemon.model.devices.values()),
+        "guests": [show_guest(guest) for guest in daemon.guests.values()],
+    }
+
+
 def statistics(daemon: "Daemon", path: str) -> object:
     """Give all counters as one tree, or the part at `path`. Raises NotFoundError.
 

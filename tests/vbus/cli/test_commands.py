@@ -1,7 +1,6 @@
 """The commands of `vbus`, against a real daemon: JSON, exit statuses, live changes."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -177,24 +176,18 @@ def test_debug_shows_where_it_failed(tmp_path: Path) -> None:
 
 
 def test_events_are_one_json_object_a_line_until_sigint(daemon: Served) -> None:
-    command = [sys.executable, "-m", "vbus", "events", "--json"]
+    """The first line says from where on nothing is missing."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "vbus", "events"],
         env=daemon.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as watcher:
         assert watcher.stdout is not None
-        # It is not known when it watches: repeat a change until it tells of one.
-        os.set_blocking(watcher.stdout.fileno(), False)
-        line = ""
-        for nth in range(100):
-            daemon.vbus("device", "set", "lan0", f"mac_limit={nth + 1}")
-            line = watcher.stdout.readline()
-            if line:
-                break
-        assert json.loads(line) == {
+        assert json.loads(watcher.stdout.readline()) == {"event": "start"}
+        daemon.vbus("device", "set", "lan0", "mac_limit=7")
+        assert json.loads(watcher.stdout.readline()) == {
             "event": "device-changed",
             "device": "lan0",
             "attribute": "mac_limit",
@@ -203,6 +196,21 @@ def test_events_are_one_json_object_a_line_until_sigint(daemon: Served) -> None:
         assert watcher.wait(WITHIN_S) == 130
         assert watcher.stderr is not None
         assert "Traceback" not in watcher.stderr.read()
+
+
+def test_events_begin_with_the_tree_if_wanted(daemon: Served) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vbus", "events", "--tree"],
+        env=daemon.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stdout is not None
+        first = json.loads(watcher.stdout.readline())
+        watcher.send_signal(signal.SIGINT)
+        watcher.wait(WITHIN_S)
+    assert first.pop("event") == "tree"
+    assert first == daemon.ask("tree")
 
 
 def test_tables_are_whole_and_without_colour_for_programs(daemon: Served) -> None:
