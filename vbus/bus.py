@@ -15,6 +15,7 @@ from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
+from shm import Gauge
 from vbus.abi import TYPE_LIMIT
 from vbus.device import Device
 from vbus.errors import (
@@ -70,6 +71,15 @@ class Change:
     attribute: str | None = None
 
 
+@dataclass(frozen=True)
+class BusStatistics:
+    """A bus: `ids` were given since it was made."""
+
+    devices: Gauge
+    guests: Gauge
+    ids: int
+
+
 class Bus:
     """A namespace of interfaces that its subscribers see."""
 
@@ -84,6 +94,11 @@ class Bus:
     def used(self) -> bool:
         """Is a device linked or a guest subscribed?"""
         return bool(self.interfaces or self._subscribers)
+
+    def statistics(self) -> BusStatistics:
+        return BusStatistics(
+            len(self.interfaces), len(self._subscribers), self._next_id
+        )
 
     def interface(self, id: int) -> Interface:
         """Find an interface by id. Raises NotFoundError."""

@@ -9,6 +9,7 @@ operation gives a Waiting, which somebody awaits, instead of a result.
 import inspect
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EIO
@@ -33,6 +34,7 @@ from vbus.errors import (
     VbusError,
 )
 from vbus.events import Event, EventQueues
+from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -101,6 +103,7 @@ class Signal(NamedTuple):
 
     shm: SharedMemory
     event: Event
+    connection: Connection
 
 
 def random_handle() -> int:
@@ -121,6 +124,11 @@ class ClientCounters:
     bad_doorbells: int = 0
 
 
+def _errno_of(error: BaseException) -> int:
+    """Give what the guest is answered."""
+    return error.errno if isinstance(error, VbusError) else EIO
+
+
 class BusClient:
     """One session of one guest."""
 
@@ -134,6 +142,7 @@ class BusClient:
         *,
         timeout_s: float,
         new_handle: Callable[[], int] = random_handle,
+        trace: Trace = NO_TRACE,
     ) -> None:
         self.alive = True
         self.connections: dict[int, Connection] = {}
@@ -145,6 +154,7 @@ class BusClient:
         self._counters = counters
         self._timeout_s = timeout_s
         self._new_handle = new_handle
+        self._trace = trace
         self._opening: set[Connection] = set()
         self._closing: set[Connection] = set()
         self._next_signal = 0
@@ -172,6 +182,7 @@ class BusClient:
         connection = Connection(device, self._guest, version, self._memory)
         device.connections.add(connection)
         self._opening.add(connection)
+        started = time.perf_counter_ns()
 
         def finish(answer: Outcome[None]) -> int:
             answer.unwrap()
@@ -188,11 +199,16 @@ class BusClient:
             lambda: device.open(connection),
             finish,
             f"open of {device.name} by {self._guest}",
-            ended=lambda answer: self._opened(connection, answer),
+            ended=lambda answer: self._opened(connection, answer, started),
         )
 
-    def _opened(self, connection: Connection, answer: Outcome[None]) -> None:
+    def _opened(
+        self, connection: Connection, answer: Outcome[None], started: int
+    ) -> None:
         self._opening.discard(connection)
+        connection.device.meter.opens += 1
+        if self._trace.on:
+            self._record("open", connection, connection.version, 0, answer, started)
         if isinstance(answer, Error):
             self._forget(connection)
         elif connection.state is State.ABORTED:
@@ -225,6 +241,13 @@ class BusClient:
         connection = self.connection(handle)
         device = connection.device
         self._counters.calls += 1
+        started = time.perf_counter_ns()
+
+        def ended(answer: Outcome[CallResult]) -> None:
+            took = time.perf_counter_ns() - started
+            device.meter.called(took, refused=isinstance(answer, Error))
+            if self._trace.on:
+                self._record("call", connection, func, len(data), answer, started)
 
         def finish(answer: Outcome[CallResult]) -> int:
             result, out = _split(answer.unwrap(), device)
@@ -236,7 +259,23 @@ class BusClient:
             lambda: device.call(connection, func, data, flags),
             finish,
             f"call {func} of {device.name} by {self._guest}",
+            ended=ended,
         )
+
+    def _record(
+        self,
+        kind: str,
+        connection: Connection,
+        number: int,
+        size: int,
+        answer: Outcome[Any],
+        started: int,
+    ) -> None:
+        """Trace what a device was asked and how it answered."""
+        took = time.perf_counter_ns() - started
+        device = connection.device.name
+        result = -_errno_of(answer.error) if isinstance(answer, Error) else 0
+        self._trace.record(kind, self._guest, device, number, size, result, took)
 
     # Share
 
@@ -255,10 +294,11 @@ class BusClient:
         prio, cookie = signal or (0, 0)
         event = Event(EventId.SHMSIGNAL, cookie, priority=prio)
         try:
-            shm = make(lambda: self._events.post(event))
+            shm = make(self._poster(connection, id, event))
         except OSError as error:
             raise NoSpaceError(f"{self._guest}: no doorbell: {error}") from None
         connection.sharing[id] = shm
+        started = time.perf_counter_ns()
         self._shm_count += 1
         self._signal_count += signal is not None
 
@@ -272,8 +312,26 @@ class BusClient:
             lambda: connection.device.share(connection, shm),
             finish,
             f"share {id} with {connection.device.name} by {self._guest}",
-            ended=lambda answer: self._shared(connection, Signal(shm, event), answer),
+            ended=lambda answer: self._shared(
+                connection, Signal(shm, event, connection), answer, started
+            ),
         )
+
+    def _poster(
+        self, connection: Connection, id: int, event: Event
+    ) -> Callable[[], object]:
+        """Make what sends a memory's signal to the guest."""
+        events, meter, trace = self._events, connection.device.meter, self._trace
+        guest, device = self._guest, connection.device.name
+
+        def post() -> None:
+            meter.signals += 1
+            meter.coalesced += event.waiting
+            if trace.on:
+                trace.record("signal", guest, device, id)
+            events.post(event)
+
+        return post
 
     def _check_limits(self, with_signal: bool) -> None:
         if self._shm_count >= SHM_LIMIT:
@@ -286,9 +344,16 @@ class BusClient:
             raise NoSpaceError(f"{self._guest}: too many signals")
 
     def _shared(
-        self, connection: Connection, signal: Signal, answer: Outcome[None]
+        self,
+        connection: Connection,
+        signal: Signal,
+        answer: Outcome[None],
+        started: int,
     ) -> None:
         shm = signal.shm
+        connection.device.meter.shares += 1
+        if self._trace.on:
+            self._record("share", connection, shm.id, shm.size, answer, started)
         if connection.sharing.pop(shm.id, None) is None:
             return  # released with its connection meanwhile
         if isinstance(answer, Error) or connection.state is not State.OPEN:
@@ -315,6 +380,9 @@ class BusClient:
         elif (doorbell := signal.shm.doorbell) is not None:
             self._counters.doorbells += 1
             doorbell.ring()
+            if self._trace.on:
+                at = signal.connection.device.name
+                self._trace.record("ring", self._guest, at, signal.shm.id)
 
     # Close
 
@@ -369,6 +437,9 @@ class BusClient:
         connection.state = State.CLOSING
         self._closing.add(connection)
         self._counters.closes += 1
+        if self._trace.on:
+            device = connection.device.name
+            self._trace.record("close", self._guest, device, connection.version)
 
     def _close_hook(self, connection: Connection) -> None:
         """Call the device's close, and take the memory before it can await."""

@@ -28,6 +28,12 @@ class DaemonConfig(
 
     runtime_dir: str | None = None
     """Where the sockets are; see `runtime_dir()` for the default."""
+    group: str | None = None
+    """The members of this group may manage and see too; else only our own user."""
+    metrics: str | None = None
+    """HOST:PORT where Prometheus may ask too, beside metrics.sock."""
+    trace: Annotated[int, Meta(ge=0, le=1 << 20)] = 4096
+    """How many calls and signals to remember for `vbus trace`."""
 
 
 class BusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

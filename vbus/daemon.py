@@ -27,6 +27,9 @@ from vbus.errors import (
     NotFoundError,
 )
 from vbus.guest import Guest
+from vbus.metrics.server import MetricsServer, address_of
+from vbus.sockets import Access
+from vbus.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +47,11 @@ class Daemon:
         self.config = config
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
+        self.trace = Trace(config.daemon.trace)
         self._guests: dict[str, Guest] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
+        self.access = Access()
         self._stop = trio.Event()
         self._device_nursery: trio.Nursery
         self._guest_nursery: trio.Nursery
@@ -73,6 +78,8 @@ class Daemon:
         runtime directory, ConfigError for what cannot be made as configured, and what
         a device's `setup` or a socket refuses.
         """
+        with self._place("daemon"):
+            self.access = Access.of_group(self.config.daemon.group)
         with self._own_runtime_dir():
             _raise_file_limit()
             async with trio.open_nursery() as self._device_nursery:
@@ -80,6 +87,7 @@ class Daemon:
                 try:
                     async with trio.open_nursery() as self._guest_nursery:
                         await self._populate()
+                        await self._serve_metrics()
                         await self._guest_nursery.start(
                             ControlServer(self, self.control_path).serve
                         )
@@ -135,6 +143,7 @@ class Daemon:
             self.model.bus(config.bus),
             path,
             lambda event: self._tell({"event": event, "guest": config.name}),
+            trace=self.trace,
         )
         self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
@@ -172,6 +181,15 @@ class Daemon:
         for guest in self.config.guests:
             with self._place(f"guest {guest.name}"):
                 await self.add_guest(guest)
+
+    async def _serve_metrics(self) -> None:
+        server, configured = MetricsServer(self), self.config.daemon.metrics
+        path = self.runtime_dir / "metrics.sock"
+        await self._guest_nursery.start(server.serve_unix, path, self.access)
+        if configured is not None:
+            with self._place("daemon"):
+                address = address_of(configured)
+            await self._guest_nursery.start(server.serve_tcp, address)
 
     @contextmanager
     def _place(self, part: str) -> Iterator[None]:
@@ -264,6 +282,7 @@ class Daemon:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(f"another daemon runs in {self.runtime_dir}") from None
+            self.access.grant(self.runtime_dir)
             yield
         finally:
             os.close(fd)

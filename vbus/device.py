@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from vbus.attributes import Attribute, attribute, attributes_of
 from vbus.connection import Connection, Ended, SharedMemory
 from vbus.errors import BusyError, InvalidError, PermissionDeniedError
+from vbus.meter import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Device:
         self.name = name
         self.host = host
         self.connections: set[Connection] = set()
+        self.meter = Meter()
         unknown = attributes.keys() - self.attributes.keys()
         if unknown:
             raise InvalidError(

@@ -15,6 +15,7 @@ from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
 from vbus.pci.function import InterruptSink
 from vbus.tasks import BridgeTasks
+from vbus.trace import NO_TRACE, Trace
 from vbus.vfio_user.server import VfioUserServer
 
 
@@ -27,6 +28,7 @@ class _ToldBridge(Bridge):
         effects: BridgeEffects,
         config: GuestConfig,
         tell: Callable[[str], object],
+        trace: Trace,
     ) -> None:
         self._tell = tell
         super().__init__(
@@ -35,6 +37,7 @@ class _ToldBridge(Bridge):
             name=config.name,
             msix=config.msix,
             call_timeout_s=config.call_timeout_s,
+            trace=trace,
         )
 
     def attach(self, interrupts: InterruptSink) -> None:
@@ -60,6 +63,7 @@ class Guest:
         bus: Bus,
         path: Path,
         tell: Callable[[str], object] = lambda _: None,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Describe it; `tell` gets "guest-attached" and "guest-left"."""
         self.config = config
@@ -68,6 +72,7 @@ class Guest:
         self.listening = False
         """Its socket is or was there: `serve` has started."""
         self._tell = tell
+        self._trace = trace
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
 
@@ -95,7 +100,7 @@ class Guest:
         self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
     ) -> None:
         tasks = BridgeTasks(nursery)
-        self.bridge = _ToldBridge(self.bus, tasks, self.config, self._tell)
+        self.bridge = _ToldBridge(self.bus, tasks, self.config, self._tell, self._trace)
         tasks.failed = self.bridge.connection_failed
         self.server = VfioUserServer(
             self.bridge,

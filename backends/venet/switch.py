@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from backends.venet.mactable import MacTable
+from shm import Gauge
 from vbus.device import Device, Host, attribute
 from vbus.errors import InvalidError
 from vbus.net import FrameBatch, MacAddress
@@ -59,8 +60,8 @@ class SwitchStatistics:
     flooded: int
     filtered: int
     spoofed: int
-    ports: int
-    macs: int
+    ports: Gauge
+    macs: Gauge
     refused: int
 
 

@@ -32,6 +32,7 @@ OWN = {
     "save": "vbus.cli.desired:save",
     "events": "vbus.cli.watching:events",
     "stats": "vbus.cli.watching:stats",
+    "top": "vbus.cli.top:top",
     "tree": "vbus.cli.watching:tree",
 }
 

@@ -33,7 +33,10 @@ async def _follow(tree: bool) -> None:
 @click.argument("path", default="")
 @as_json
 def stats(path: str, as_json: bool) -> None:
-    """Print counters: all of them, or those at PATH (guests/g1/bridge)."""
+    """Print counters: all of them, or those at PATH.
+
+    A PATH is daemon, bus/NAME, device/NAME, guest/NAME, and deeper: guest/g1/bridge.
+    """
     shown = ask("stats", path=path)
     if as_json:
         print_json(shown)

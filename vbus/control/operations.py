@@ -20,8 +20,8 @@ from vbus.control.show import (
     show_devices,
     show_guest,
     show_tree,
-    statistics,
 )
+from vbus.control.statistics import statistics
 from vbus.errors import InvalidError, NotFoundError
 
 if TYPE_CHECKING:

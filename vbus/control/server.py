@@ -1,7 +1,6 @@
 """The control socket: who may ask, and one task per client that answers it."""
 
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,16 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """Serves the control protocol on `path` to root and to the daemon's own user.
+    """Serves the control protocol on `path` to those whom `daemon.access` allows.
 
-    The file has mode 0600; whom it still lets in by descriptor passing or a changed
-    mode is checked by SO_PEERCRED, and told when refused.
+    The file has mode 0600, or 0660 for a group; whom it still lets in by descriptor
+    passing or a changed mode is checked by SO_PEERCRED, and told when refused.
     """
 
     def __init__(self, daemon: "Daemon", path: Path) -> None:
         self._daemon = daemon
         self._path = path
-        self._allowed = {0, os.geteuid()}
         self._clients = 0
 
     async def serve(
@@ -49,6 +47,7 @@ class ControlServer:
         with trio.socket.from_stdlib_socket(listen(self._path)) as listener:
             unlink = unlinker(self._path)
             try:
+                self._daemon.access.grant(self._path)
                 async with trio.open_nursery() as nursery:
                     task_status.started()
                     while True:
@@ -81,7 +80,7 @@ class ControlServer:
 
     def _refusal(self, sock: trio.socket.SocketType) -> VbusError | None:
         pid, uid, _ = peer_of(sock)
-        if uid not in self._allowed:
+        if not self._daemon.access.allows(sock):
             logger.warning("control client %d of uid %d refused", pid, uid)
             return PermissionDeniedError("this daemon belongs to another user")
         if self._clients > CLIENT_LIMIT:

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from proxy.guest import attach
 from tests.system.served import WITHIN_S, Served
+from vbus.errors import VbusError
 
 CONFIG = """
 [[bus]]
@@ -78,13 +81,43 @@ def test_json_has_stable_keys(daemon: Served) -> None:
 
 def test_stats_are_a_tree_that_a_path_cuts(daemon: Served) -> None:
     everything = daemon.ask("stats")
-    assert set(everything) == {"daemon", "devices", "guests"}
-    assert set(everything["guests"]["g1"]) == {"bridge", "server", "memory"}
-    bridge = daemon.ask("stats", "guests/g1/bridge")
-    assert bridge["fast_calls"] == 0
-    assert daemon.ask("stats", "/devices/lan0/") == everything["devices"]["lan0"]
-    assert daemon.vbus("stats", "devices/lan0/macs").stdout == "devices/lan0/macs: 1\n"
-    assert "devices/x" in refused(daemon, 1, "stats", "devices/x")
+    assert set(everything) == {"daemon", "bus", "device", "guest"}
+    assert set(everything["guest"]["g1"]) == {"bridge", "server", "memory"}
+    assert daemon.ask("stats", "guest/g1/bridge")["fast_calls"] == 0
+    assert daemon.ask("stats", "/device/lan0/") == everything["device"]["lan0"]
+    assert daemon.ask("stats", "devices/lan0") == everything["device"]["lan0"]
+    assert daemon.ask("stats", "bus/bus0") == {"devices": 1, "guests": 1, "ids": 1}
+    assert daemon.ask("stats", "daemon")["resident_kib"] > 1000
+    assert daemon.vbus("stats", "device/lan0/macs").stdout == "device/lan0/macs: 1\n"
+    assert "device/x" in refused(daemon, 1, "stats", "device/x")
+
+
+def test_the_bus_counts_what_each_device_is_asked(daemon: Served) -> None:
+    """Calls, refusals and how long they took, whatever the device counts itself."""
+    assert daemon.vbus("device", "add", "e", "--class", "echo", "--bus", "bus0")
+
+    async def ask() -> None:
+        async with attach(daemon.socket("g1")) as bridge:
+            device = await bridge.open("e")
+            for _ in range(5):
+                await device.call(0, b"hello")
+            with pytest.raises(VbusError):
+                await device.call(77, b"")
+
+    trio.run(ask)
+    counted = daemon.ask("stats", "device/e/bus")
+    latency = counted.pop("latency")
+    assert counted == {
+        "connections": 0,
+        "opens": 1,
+        "shares": 0,
+        "calls": 6,
+        "refusals": 1,
+        "signals": 0,
+        "coalesced": 0,
+    }
+    assert sum(latency["buckets"]) == latency["count"] == 6
+    assert latency["total_us"] > 0
 
 
 def test_devices_come_and_go_while_it_runs(daemon: Served) -> None:
