@@ -30,9 +30,11 @@ OWN = {
     "guest": "vbus.cli.objects:guest",
     "apply": "vbus.cli.desired:apply",
     "save": "vbus.cli.desired:save",
+    "capture": "vbus.cli.capture:capture",
     "events": "vbus.cli.watching:events",
     "stats": "vbus.cli.watching:stats",
     "top": "vbus.cli.top:top",
+    "trace": "vbus.cli.trace:trace",
     "tree": "vbus.cli.watching:tree",
 }
 

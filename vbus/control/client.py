@@ -64,7 +64,10 @@ class ControlClient:
         return Events(self, tree=tree)
 
     async def next_event(self) -> dict[str, object]:
-        """Wait for one more event; for `Events`."""
+        """Wait for one more event, after the request for a stream.
+
+        Raises as `request`.
+        """
         while True:
             event = (await self._answer()).event
             if event is not None:

@@ -1,8 +1,8 @@
 """What can be asked of a daemon: each op with the struct of its arguments.
 
 An op is a plain or async function of the daemon and its arguments; what it returns is
-shown to the client, what VbusError it raises is the refusal. `events` is not here: it
-is a stream, and the server's business.
+shown to the client, what VbusError it raises is the refusal. What is answered on and
+on is in `streams`.
 """
 
 import errno

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from vbus.control import wire
-from vbus.control.feed import EventFeed
 from vbus.control.operations import errno_name, perform
-from vbus.control.show import show_tree
+from vbus.control.streams import STREAMS, open_stream
 from vbus.errors import BusyError, PermissionDeniedError, ProtocolError, VbusError
 from vbus.sockets import listen, peer_of, unlinker
 
@@ -111,7 +110,7 @@ class _Client:
             await self._fail(0, error)
 
     async def _answer(self, request: wire.Request) -> None:
-        if request.op == "events":
+        if request.op in STREAMS:
             await self._stream(request)
             return
         try:
@@ -145,20 +144,23 @@ class _Client:
             data = data[await self._sock.send(data) :]
 
     async def _stream(self, request: wire.Request) -> None:
-        """Send what there is, if wanted, and every change since, until it leaves.
+        """Send what a stream gives until the client leaves.
 
-        One that does not read costs no more than its feed holds, so it may take its
+        One that does not read costs no more than the stream holds, so it may take its
         time: whoever pages through `vbus events` reads again later.
         """
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
-            with EventFeed(self._daemon.watch) as feed, suppress(OSError):
-                # In one step with the start of the feed: nothing falls in between.
-                tree = show_tree(self._daemon) if request.args.get("tree") else None
-                await self._succeed(request.id, {"tree": tree})
-                while True:
-                    event = wire.Answer(request.id, event=await feed.next())
-                    await self._send_patiently(wire.encode(event))
+        try:
+            with open_stream(self._daemon, request.op, request.args) as stream:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
+                    with suppress(OSError, trio.TooSlowError):
+                        await self._succeed(request.id, stream.first)
+                        while True:
+                            event = wire.Answer(request.id, event=await stream.next())
+                            for frame in wire.encode_answer(event):
+                                await self._send_patiently(frame)
+        except VbusError as error:
+            await self._fail(request.id, error)
 
     async def _until_hung_up(self, scope: trio.CancelScope) -> None:
         with suppress(OSError):
