@@ -34,6 +34,7 @@ from vbus.errors import (
     VbusError,
 )
 from vbus.events import Event, EventQueues
+from vbus.logs import about
 from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -68,30 +69,33 @@ def settle(step: Callable[[], int], what: object) -> int:
 
 
 def ask(
+    device: Device,
     hook: Callable[[], T | Awaitable[T]],
     finish: Callable[[Outcome[T]], int],
     what: object,
     *,
     ended: Callable[[Outcome[T]], object] = lambda _: None,
 ) -> Result:
-    """Ask a device something, now or, if its hook is async, later.
+    """Ask `device` something by `hook`, now or, if its hook is async, later.
 
     `ended` runs in the same step in which the hook ends, whatever became of the guest
     meanwhile; `finish` only if the guest still waits for the result.
     """
-    answer = outcome.capture(hook)
-    if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
-        awaitable = cast(Awaitable[T], answer.value)
+    with about(device=device.name):
+        answer = outcome.capture(hook)
+        if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
+            awaitable = cast(Awaitable[T], answer.value)
 
-        async def work() -> T:
-            later: Outcome[T] = await outcome.acapture(_await, awaitable)
-            ended(later)
-            return later.unwrap()
+            async def work() -> T:
+                with about(device=device.name):
+                    later: Outcome[T] = await outcome.acapture(_await, awaitable)
+                ended(later)
+                return later.unwrap()
 
-        return Waiting(work, lambda later: settle(lambda: finish(later), what))
-    now = cast("Outcome[T]", answer)
-    ended(now)
-    return settle(lambda: finish(now), what)
+            return Waiting(work, lambda later: settle(lambda: finish(later), what))
+        now = cast("Outcome[T]", answer)
+        ended(now)
+        return settle(lambda: finish(now), what)
 
 
 async def _await(awaitable: Awaitable[T]) -> T:
@@ -196,6 +200,7 @@ class BusClient:
             return 0
 
         return ask(
+            device,
             lambda: device.open(connection),
             finish,
             f"open of {device.name} by {self._guest}",
@@ -256,6 +261,7 @@ class BusClient:
             return result
 
         return ask(
+            device,
             lambda: device.call(connection, func, data, flags),
             finish,
             f"call {func} of {device.name} by {self._guest}",
@@ -309,6 +315,7 @@ class BusClient:
             return shm.handle or 0
 
         return ask(
+            connection.device,
             lambda: connection.device.share(connection, shm),
             finish,
             f"share {id} with {connection.device.name} by {self._guest}",
@@ -398,6 +405,7 @@ class BusClient:
                 self._close_failed(connection, answer.error)
 
         return ask(
+            connection.device,
             lambda: connection.device.close(connection),
             lambda _: 0,
             f"close of {connection.device.name} by {self._guest}",

@@ -27,6 +27,7 @@ from vbus.errors import (
     NotFoundError,
 )
 from vbus.guest import Guest
+from vbus.logs import about
 from vbus.metrics.server import MetricsServer, address_of
 from vbus.sockets import Access
 from vbus.trace import Trace
@@ -208,9 +209,10 @@ class Daemon:
         except Exception as error:
             if not guest.listening:
                 raise innermost(error) from None
-            logger.exception("guest %s failed", guest.name)
-            about = {"guest": guest.name, "message": str(innermost(error))}
-            self._tell({"event": "guest-failed", **about})
+            with about(guest=guest.name, bus=guest.bus.name):
+                logger.exception("guest %s failed", guest.name)
+            what = {"guest": guest.name, "message": str(innermost(error))}
+            self._tell({"event": "guest-failed", **what})
         finally:
             del self._guests[guest.name]
 
@@ -223,7 +225,8 @@ class Daemon:
                 except BusyError:
                     continue
                 except Exception:
-                    logger.exception("%s: removing it failed", name)
+                    with about(device=name):
+                        logger.exception("%s: removing it failed", name)
             if list(self.model.devices) == left:
                 logger.error("not removed, they use each other: %s", ", ".join(left))
                 return
@@ -250,7 +253,7 @@ class Daemon:
         """Run a device's own task; when it fails the device leaves its buses."""
         if self.model.devices.get(device.name) is not device:
             return  # removed before its task could start
-        with trio.CancelScope() as scope:
+        with trio.CancelScope() as scope, about(device=device.name):
             self._serving[device.name] = scope
             try:
                 await device.serve()

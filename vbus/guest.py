@@ -13,6 +13,7 @@ from vbus.bridge import Bridge
 from vbus.bus import Bus
 from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
+from vbus.logs import about
 from vbus.pci.function import InterruptSink
 from vbus.tasks import BridgeTasks
 from vbus.trace import NO_TRACE, Trace
@@ -85,7 +86,7 @@ class Guest:
     ) -> None:
         """Serve until cancelled or removed. Raises what the socket refuses."""
         try:
-            with self._scope:
+            with self._scope, about(guest=self.name, bus=self.bus.name):
                 async with trio.open_nursery() as nursery:
                     await self._serve(nursery, task_status)
         finally:

@@ -1,6 +1,7 @@
 """The commands of `vbus`, against a real daemon: JSON, exit statuses, live changes."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -267,3 +268,39 @@ def test_every_command_has_help_and_takes_json(tmp_path: Path) -> None:
     shown = without_daemon(tmp_path, "device", "add", "--help")
     assert shown.returncode == 0
     assert "--json" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("nonesuch.module:run", "ModuleNotFoundError"),
+        ("vbus.cli:nonesuch", "AttributeError"),
+        ("vbus.cli:main", "is no command"),
+        ("broken:run", "RuntimeError: what a pity"),
+    ],
+)
+def test_a_broken_command_of_another_package_costs_one_line(
+    tmp_path: Path, value: str, reason: str
+) -> None:
+    """The help still lists all others, and whoever asks for it is told."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('what\\na pity')\n")
+    info = tmp_path / "stranger-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\n")
+    entries = f"[vbus.commands]\nstrange = {value}\n"
+    (info / "entry_points.txt").write_text(entries)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for words, status in ((["--help"], 0), (["strange"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "vbus", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+        )
+        first, *others = done.stderr.splitlines()
+        assert first.startswith("vbus: the command 'strange' of stranger is broken: ")
+        assert reason in first
+        assert len(others) == (status != 0)
+        assert done.returncode == status
+        assert ("\n  serve " in done.stdout) == (status == 0)
