@@ -25,12 +25,11 @@ from outcome import Outcome
 from shm import AddressSpace, Gauge, View
 from vbus import abi
 from vbus.abi import BridgeCall, EventId
+from vbus.asking import Result, Waiting
 from vbus.bus import Bus, Interface
 from vbus.client import (
     BusClient,
     ClientCounters,
-    Result,
-    Waiting,
     random_handle,
 )
 from vbus.connection import Connection, Ended, State

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EIO
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import outcome
 import trio
@@ -21,6 +21,7 @@ from outcome import Error, Outcome
 
 from shm import AddressSpace
 from vbus.abi import EventId
+from vbus.asking import Result, ask
 from vbus.bus import Interface
 from vbus.connection import Connection, Ended, SharedMemory, State
 from vbus.device import CallResult, Device
@@ -34,72 +35,14 @@ from vbus.errors import (
     VbusError,
 )
 from vbus.events import Event, EventQueues
-from vbus.logs import about
 from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 SHM_LIMIT = 8192
 SIGNAL_LIMIT = 4096
 BACKLOG_LIMIT = 65536
 HANDLE_LIMIT = 1 << 31
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A result which is there once `work()` was awaited: `finish` gives it."""
-
-    work: Callable[[], Awaitable[object]]
-    finish: Callable[[Outcome[Any]], int]
-
-
-Result = int | Waiting
-
-
-def settle(step: Callable[[], int], what: object) -> int:
-    """Run `step` to its result; a refusal is its errno, a bug is logged and -EIO."""
-    try:
-        return step()
-    except VbusError as error:
-        return -error.errno
-    except Exception:
-        log.exception("%s failed", what)
-        return -EIO
-
-
-def ask(
-    device: Device,
-    hook: Callable[[], T | Awaitable[T]],
-    finish: Callable[[Outcome[T]], int],
-    what: object,
-    *,
-    ended: Callable[[Outcome[T]], object] = lambda _: None,
-) -> Result:
-    """Ask `device` something by `hook`, now or, if its hook is async, later.
-
-    `ended` runs in the same step in which the hook ends, whatever became of the guest
-    meanwhile; `finish` only if the guest still waits for the result.
-    """
-    with about(device=device.name):
-        answer = outcome.capture(hook)
-        if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
-            awaitable = cast(Awaitable[T], answer.value)
-
-            async def work() -> T:
-                with about(device=device.name):
-                    later: Outcome[T] = await outcome.acapture(_await, awaitable)
-                ended(later)
-                return later.unwrap()
-
-            return Waiting(work, lambda later: settle(lambda: finish(later), what))
-        now = cast("Outcome[T]", answer)
-        ended(now)
-        return settle(lambda: finish(now), what)
-
-
-async def _await(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 class Signal(NamedTuple):

@@ -7,29 +7,37 @@ Every line logged inside, by tasks started inside too, carries these names, what
 logger it goes through; a device's own lines say which device and guest it was.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
-_ABOUT: ContextVar[Mapping[str, str]] = ContextVar("vbus_about")
-_NOTHING: Mapping[str, str] = {}
+DEVICE: Final[ContextVar[str]] = ContextVar("device")
+"""For the path of every call, where `about` would cost too much."""
+_NAMES: Final = {
+    "guest": ContextVar[str]("guest"),
+    "bus": ContextVar[str]("bus"),
+    "device": DEVICE,
+}
 
 
 @contextmanager
 def about(**names: str) -> Iterator[None]:
-    """Bind names to every line that is logged inside."""
-    token = _ABOUT.set({**_ABOUT.get(_NOTHING), **names})
+    """Bind guest, bus or device to every line that is logged inside."""
+    tokens = [(_NAMES[name], _NAMES[name].set(value)) for name, value in names.items()]
     try:
         yield
     finally:
-        _ABOUT.reset(token)
+        for variable, token in tokens:
+            variable.reset(token)
 
 
 def add_about(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     """Put the names into an event: a structlog processor, for `foreign_pre_chain`."""
-    for name, value in _ABOUT.get(_NOTHING).items():
-        event.setdefault(name, value)
+    for name, variable in _NAMES.items():
+        value = variable.get(None)
+        if value is not None:
+            event.setdefault(name, value)
     return event
