@@ -73,7 +73,8 @@ class _Families(Collector):
     ) -> None:
         """Add what has numbers in it; `kind` is how to take a number."""
         if isinstance(value, LatencyStatistics):
-            self._histogram(f"{name}_seconds", labels, value)
+            if value.count:  # most devices are never called; their zeros fill pages
+                self._histogram(f"{name}_seconds", labels, value)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             gauges = _gauges(type(value))
             for field in dataclasses.fields(value):
