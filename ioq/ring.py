@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Self
 
 from ioq import _core
-from shm import AddressSpace, Locality, ShmSignal, View
+from shm import AddressSpace, Gauge, Locality, ShmSignal, View
 
 _HEAD_SIZE = 56
 _DESCRIPTOR_SIZE = 32
@@ -41,7 +41,7 @@ class RingStatistics:
     for, of which `notifications` crossed the boundary.
     """
 
-    count: int
+    count: Gauge
     pushed: int
     popped: int
     dropped: int

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shm import _core
 from shm._core import View
 from shm.errors import InvalidError, PermissionDeniedError
+from shm.statistics import Gauge
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _NO_MEMORY = -1
@@ -44,8 +45,8 @@ class Region:
 class SpaceStatistics:
     """Counters of an address space; `faults` counts refused look-ups."""
 
-    regions: int
-    mapped_bytes: int
+    regions: Gauge
+    mapped_bytes: Gauge
     generation: int
     faults: int
 

@@ -36,6 +36,12 @@ def test_shown_configuration_is_one() -> None:
     }
 
 
+@pytest.mark.parametrize("text", blocks(DOCS / "operate.md", "toml"))
+def test_shown_settings_of_the_daemon_are_taken(text: str) -> None:
+    """Each piece stands for itself."""
+    assert config.parse(text).daemon != config.DaemonConfig()
+
+
 @pytest.mark.parametrize("line", commands())
 def test_shown_command_exists(line: str) -> None:
     """Each command of the pages is in the tree, with the options that are shown."""

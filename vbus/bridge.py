@@ -22,15 +22,14 @@ from typing import Any
 
 from outcome import Outcome
 
-from shm import View
+from shm import Gauge, View
 from vbus import abi
 from vbus.abi import BridgeCall, EventId
+from vbus.asking import Result, Waiting
 from vbus.bus import Bus, Interface
 from vbus.client import (
     BusClient,
     ClientCounters,
-    Result,
-    Waiting,
     random_handle,
 )
 from vbus.connection import Connection, Ended, State
@@ -42,6 +41,7 @@ from vbus.hypercall import Hypercalls
 from vbus.memory import GuestMemory
 from vbus.pci.config_space import Bar, ConfigSpace, Identity, Msi, Msix
 from vbus.pci.function import ConfiguredFunction, IoEventFd, Pending
+from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,12 @@ class BridgeStatistics:
     """Doorbells that came by message, not by eventfd."""
     bad_doorbells: int
     interrupts: int
-    connections: int
+    connections: Gauge
     """Open now."""
-    signals: int
+    signals: Gauge
     """Shared with a signal now."""
-    channels: int
-    queues: int
+    channels: Gauge
+    queues: Gauge
     events: EventStatistics
 
 
@@ -136,6 +136,7 @@ class Bridge(ConfiguredFunction):
         msix: bool = True,
         call_timeout_s: float = CALL_TIMEOUT_S,
         new_handle: Callable[[], int] = random_handle,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Make the bridge of guest `name` onto `bus`.
 
@@ -149,6 +150,7 @@ class Bridge(ConfiguredFunction):
         self._effects = effects
         self._timeout_s = call_timeout_s
         self._new_handle = new_handle
+        self._trace = trace
         self._session: _Session | None = None
         self._shadow = bytearray(abi.BAR_CALLS_SIZE)
         self._counters = ClientCounters()
@@ -352,6 +354,7 @@ class Bridge(ConfiguredFunction):
             self._counters,
             timeout_s=self._timeout_s,
             new_handle=self._new_handle,
+            trace=self._trace,
         )
         hypercalls = Hypercalls(client, self.bus, self.memory, capabilities)
         return _Session(client, hypercalls, capabilities)

@@ -15,6 +15,7 @@ from enum import Enum
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
+from shm import Gauge
 from vbus.abi import TYPE_LIMIT
 from vbus.device import Device
 from vbus.errors import (
@@ -70,6 +71,15 @@ class Change:
     attribute: str | None = None
 
 
+@dataclass(frozen=True)
+class BusStatistics:
+    """A bus: `ids` were given since it was made."""
+
+    devices: Gauge
+    guests: Gauge
+    ids: int
+
+
 class Bus:
     """A namespace of interfaces that its subscribers see."""
 
@@ -84,6 +94,11 @@ class Bus:
     def used(self) -> bool:
         """Is a device linked or a guest subscribed?"""
         return bool(self.interfaces or self._subscribers)
+
+    def statistics(self) -> BusStatistics:
+        return BusStatistics(
+            len(self.interfaces), len(self._subscribers), self._next_id
+        )
 
     def interface(self, id: int) -> Interface:
         """Find an interface by id. Raises NotFoundError."""
@@ -167,6 +182,7 @@ class BusModel:
         self.buses: dict[str, Bus] = {}
         self._hosts: dict[str, _Host] = {}
         self._class_names: dict[str, str] = {}
+        self._given: dict[str, dict[str, object]] = {}
         self._watchers: list[Callable[[Change], object]] = []
 
     # Looking
@@ -200,6 +216,10 @@ class BusModel:
     def class_name(self, device: Device) -> str:
         """Give the name a device's class was asked for by."""
         return self._class_names[device.name]
+
+    def given(self, device: Device) -> Mapping[str, object]:
+        """Give the attributes somebody asked for, as they were asked for."""
+        return self._given[device.name]
 
     def links(self, device: Device) -> Iterator[tuple[Bus, Interface]]:
         """Iterate over the buses a device is on."""
@@ -258,6 +278,7 @@ class BusModel:
         self.devices[name] = device
         self._hosts[name] = host
         self._class_names[name] = class_name
+        self._given[name] = dict(attributes or {})
         self._tell(Change(ChangeKind.DEVICE_ADDED, device=name))
         return device
 
@@ -270,6 +291,7 @@ class BusModel:
         del self.devices[name]
         del self._hosts[name]
         del self._class_names[name]
+        del self._given[name]
         try:
             device.teardown()
         finally:
@@ -307,11 +329,17 @@ class BusModel:
         )
 
     def set_attribute(self, device_name: str, attribute: str, value: object) -> None:
-        """Set a writable attribute; raises as `Device.set_attribute` does."""
-        self.device(device_name).set_attribute(attribute, value)
-        self._tell(
-            Change(ChangeKind.DEVICE_CHANGED, device=device_name, attribute=attribute)
-        )
+        """Set a writable attribute; raises as `Device.set_attributes` does."""
+        self.set_attributes(device_name, {attribute: value})
+
+    def set_attributes(self, device_name: str, values: Mapping[str, object]) -> None:
+        """Set writable attributes, all or none; raises as `Device.set_attributes`."""
+        self.device(device_name).set_attributes(values)
+        self._given[device_name].update(values)
+        for name in values:
+            self._tell(
+                Change(ChangeKind.DEVICE_CHANGED, device=device_name, attribute=name)
+            )
 
     def _tell(self, change: Change) -> None:
         for watcher in tuple(self._watchers):

@@ -9,10 +9,11 @@ operation gives a Waiting, which somebody awaits, instead of a result.
 import inspect
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EIO
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol
 
 import outcome
 import trio
@@ -20,6 +21,7 @@ from outcome import Error, Outcome
 
 from shm import AddressSpace
 from vbus.abi import EventId
+from vbus.asking import Result, ask
 from vbus.bus import Interface
 from vbus.connection import Connection, Ended, SharedMemory, State
 from vbus.device import CallResult, Device
@@ -33,9 +35,9 @@ from vbus.errors import (
     VbusError,
 )
 from vbus.events import Event
+from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 SHM_LIMIT = 8192
 SIGNAL_LIMIT = 4096
@@ -43,64 +45,12 @@ BACKLOG_LIMIT = 65536
 HANDLE_LIMIT = 1 << 31
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A result which is there once `work()` was awaited: `finish` gives it."""
-
-    work: Callable[[], Awaitable[object]]
-    finish: Callable[[Outcome[Any]], int]
-
-
-Result = int | Waiting
-
-
-def settle(step: Callable[[], int], what: object) -> int:
-    """Run `step` to its result; a refusal is its errno, a bug is logged and -EIO."""
-    try:
-        return step()
-    except VbusError as error:
-        return -error.errno
-    except Exception:
-        log.exception("%s failed", what)
-        return -EIO
-
-
-def ask(
-    hook: Callable[[], T | Awaitable[T]],
-    finish: Callable[[Outcome[T]], int],
-    what: object,
-    *,
-    ended: Callable[[Outcome[T]], object] = lambda _: None,
-) -> Result:
-    """Ask a device something, now or, if its hook is async, later.
-
-    `ended` runs in the same step in which the hook ends, whatever became of the guest
-    meanwhile; `finish` only if the guest still waits for the result.
-    """
-    answer = outcome.capture(hook)
-    if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
-        awaitable = cast(Awaitable[T], answer.value)
-
-        async def work() -> T:
-            later: Outcome[T] = await outcome.acapture(_await, awaitable)
-            ended(later)
-            return later.unwrap()
-
-        return Waiting(work, lambda later: settle(lambda: finish(later), what))
-    now = cast("Outcome[T]", answer)
-    ended(now)
-    return settle(lambda: finish(now), what)
-
-
-async def _await(awaitable: Awaitable[T]) -> T:
-    return await awaitable
-
-
 class Signal(NamedTuple):
     """The signal path of one shared memory, made by its DEVSHM (R5)."""
 
     shm: SharedMemory
     event: Event
+    connection: Connection
 
 
 class EventSink(Protocol):
@@ -130,6 +80,11 @@ class ClientCounters:
     bad_doorbells: int = 0
 
 
+def _errno_of(error: BaseException) -> int:
+    """Give what the guest is answered."""
+    return error.errno if isinstance(error, VbusError) else EIO
+
+
 class BusClient:
     """One session of one guest."""
 
@@ -143,6 +98,7 @@ class BusClient:
         *,
         timeout_s: float,
         new_handle: Callable[[], int] = random_handle,
+        trace: Trace = NO_TRACE,
     ) -> None:
         self.alive = True
         self.connections: dict[int, Connection] = {}
@@ -154,6 +110,7 @@ class BusClient:
         self._counters = counters
         self._timeout_s = timeout_s
         self._new_handle = new_handle
+        self._trace = trace
         self._opening: set[Connection] = set()
         self._closing: set[Connection] = set()
         self._next_signal = 0
@@ -181,6 +138,7 @@ class BusClient:
         connection = Connection(device, self._guest, version, self._memory)
         device.connections.add(connection)
         self._opening.add(connection)
+        started = time.perf_counter_ns()
 
         def finish(answer: Outcome[None]) -> int:
             answer.unwrap()
@@ -194,14 +152,20 @@ class BusClient:
             return 0
 
         return ask(
+            device,
             lambda: device.open(connection),
             finish,
             f"open of {device.name} by {self._guest}",
-            ended=lambda answer: self._opened(connection, answer),
+            ended=lambda answer: self._opened(connection, answer, started),
         )
 
-    def _opened(self, connection: Connection, answer: Outcome[None]) -> None:
+    def _opened(
+        self, connection: Connection, answer: Outcome[None], started: int
+    ) -> None:
         self._opening.discard(connection)
+        connection.device.meter.opens += 1
+        if self._trace.on:
+            self._record("open", connection, connection.version, 0, answer, started)
         if isinstance(answer, Error):
             self._forget(connection)
         elif connection.state is State.ABORTED:
@@ -234,6 +198,13 @@ class BusClient:
         connection = self.connection(handle)
         device = connection.device
         self._counters.calls += 1
+        started = time.perf_counter_ns()
+
+        def ended(answer: Outcome[CallResult]) -> None:
+            took = time.perf_counter_ns() - started
+            device.meter.called(took, refused=isinstance(answer, Error))
+            if self._trace.on:
+                self._record("call", connection, func, len(data), answer, started)
 
         def finish(answer: Outcome[CallResult]) -> int:
             result, out = _split(answer.unwrap(), device)
@@ -242,10 +213,27 @@ class BusClient:
             return result
 
         return ask(
+            device,
             lambda: device.call(connection, func, data, flags),
             finish,
             f"call {func} of {device.name} by {self._guest}",
+            ended=ended,
         )
+
+    def _record(
+        self,
+        kind: str,
+        connection: Connection,
+        number: int,
+        size: int,
+        answer: Outcome[Any],
+        started: int,
+    ) -> None:
+        """Trace what a device was asked and how it answered."""
+        took = time.perf_counter_ns() - started
+        device = connection.device.name
+        result = -_errno_of(answer.error) if isinstance(answer, Error) else 0
+        self._trace.record(kind, self._guest, device, number, size, result, took)
 
     # Share
 
@@ -264,10 +252,11 @@ class BusClient:
         prio, cookie = signal or (0, 0)
         event = Event(EventId.SHMSIGNAL, cookie, priority=prio)
         try:
-            shm = make(lambda: self._events.post(event))
+            shm = make(self._poster(connection, id, event))
         except OSError as error:
             raise NoSpaceError(f"{self._guest}: no doorbell: {error}") from None
         connection.sharing[id] = shm
+        started = time.perf_counter_ns()
         self._shm_count += 1
         self._signal_count += signal is not None
 
@@ -278,11 +267,30 @@ class BusClient:
             return shm.handle or 0
 
         return ask(
+            connection.device,
             lambda: connection.device.share(connection, shm),
             finish,
             f"share {id} with {connection.device.name} by {self._guest}",
-            ended=lambda answer: self._shared(connection, Signal(shm, event), answer),
+            ended=lambda answer: self._shared(
+                connection, Signal(shm, event, connection), answer, started
+            ),
         )
+
+    def _poster(
+        self, connection: Connection, id: int, event: Event
+    ) -> Callable[[], object]:
+        """Make what sends a memory's signal to the guest."""
+        events, meter, trace = self._events, connection.device.meter, self._trace
+        guest, device = self._guest, connection.device.name
+
+        def post() -> None:
+            meter.signals += 1
+            meter.coalesced += event.waiting
+            if trace.on:
+                trace.record("signal", guest, device, id)
+            events.post(event)
+
+        return post
 
     def _check_limits(self, with_signal: bool) -> None:
         if self._shm_count >= SHM_LIMIT:
@@ -295,9 +303,16 @@ class BusClient:
             raise NoSpaceError(f"{self._guest}: too many signals")
 
     def _shared(
-        self, connection: Connection, signal: Signal, answer: Outcome[None]
+        self,
+        connection: Connection,
+        signal: Signal,
+        answer: Outcome[None],
+        started: int,
     ) -> None:
         shm = signal.shm
+        connection.device.meter.shares += 1
+        if self._trace.on:
+            self._record("share", connection, shm.id, shm.size, answer, started)
         if connection.sharing.pop(shm.id, None) is None:
             return  # released with its connection meanwhile
         if isinstance(answer, Error) or connection.state is not State.OPEN:
@@ -324,6 +339,9 @@ class BusClient:
         elif (doorbell := signal.shm.doorbell) is not None:
             self._counters.doorbells += 1
             doorbell.ring()
+            if self._trace.on:
+                at = signal.connection.device.name
+                self._trace.record("ring", self._guest, at, signal.shm.id)
 
     # Close
 
@@ -339,6 +357,7 @@ class BusClient:
                 self._close_failed(connection, answer.error)
 
         return ask(
+            connection.device,
             lambda: connection.device.close(connection),
             lambda _: 0,
             f"close of {connection.device.name} by {self._guest}",
@@ -379,6 +398,9 @@ class BusClient:
         connection.state = State.CLOSING
         self._closing.add(connection)
         self._counters.closes += 1
+        if self._trace.on:
+            device = connection.device.name
+            self._trace.record("close", self._guest, device, connection.version)
 
     def _close_hook(self, connection: Connection) -> None:
         """Call the device's close, and take the memory before it can await."""

@@ -3,6 +3,8 @@
 Says what buses, devices and guests there shall be; the daemon makes them. A device's
 table holds its name, class and buses (or how it is exposed), and beside them the
 attributes of its class, which the class itself checks.
+
+A document is a whole file as plain values: what TOML gives and msgpack carries.
 """
 
 import os
@@ -21,11 +23,19 @@ Expose = Literal["bridge", "pci"]
 """Behind the bridge of guests, or as a PCI function of its own."""
 
 
-class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DaemonConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """The table [daemon]."""
 
     runtime_dir: str | None = None
     """Where the sockets are; see `runtime_dir()` for the default."""
+    group: str | None = None
+    """The members of this group may manage and see too; else only our own user."""
+    metrics: str | None = None
+    """HOST:PORT where Prometheus may ask too, beside metrics.sock."""
+    trace: Annotated[int, Meta(ge=0, le=1 << 20)] = 4096
+    """How many calls and signals to remember for `vbus trace`."""
 
 
 class BusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +50,9 @@ DEFAULT_LAYOUT = "modern"
 DEFAULT_SPIN_US = 300.0
 
 
-class Exposure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Exposure(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """How a device is shown that is a PCI function of its own."""
 
     layout: str = DEFAULT_LAYOUT
@@ -65,7 +77,9 @@ class DeviceConfig(msgspec.Struct, frozen=True):
     """Which backend makes it; by default the first one that has its class."""
 
 
-class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GuestConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One [[guest]]: a bridge onto `bus`, at the socket guests/NAME.sock."""
 
     name: str
@@ -83,7 +97,9 @@ class GuestConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The deadline of each call of a device."""
 
 
-class BackendConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BackendConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One [[backend]]: device classes that live in a process of their own."""
 
     name: str
@@ -142,9 +158,15 @@ def load(path: str | os.PathLike[str]) -> Config:
 def parse(text: str) -> Config:
     """Take the text of a file. Raises ConfigError, which names the place."""
     try:
-        file = msgspec.convert(tomllib.loads(text), _File)
+        return from_document(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(error)) from None
+
+
+def from_document(document: object) -> Config:
+    """Take a document. Raises ConfigError, which names the place."""
+    try:
+        file = msgspec.convert(document, _File)
     except msgspec.ValidationError as error:
         raise ConfigError(_place(error, "")) from None
     devices = tuple(_device(number, table) for number, table in enumerate(file.device))
@@ -162,6 +184,30 @@ def parse(text: str) -> Config:
         guests=file.guest,
         backends=file.backend,
     )
+
+
+def to_document(config: Config) -> dict[str, Any]:
+    """Give what `from_document` takes, without what is left at its default."""
+    document = {
+        "daemon": msgspec.to_builtins(config.daemon),
+        "backend": msgspec.to_builtins(config.backends),
+        "bus": msgspec.to_builtins(config.buses),
+        "device": [_table(device) for device in config.devices],
+        "guest": msgspec.to_builtins(config.guests),
+    }
+    return {key: value for key, value in document.items() if value}
+
+
+def _table(device: DeviceConfig) -> dict[str, Any]:
+    table: dict[str, Any] = {"name": device.name, "class": device.class_name}
+    if device.buses:
+        one = len(device.buses) == 1
+        table["bus"] = device.buses[0] if one else list(device.buses)
+    if device.exposure is not None:
+        table.update(expose="pci", **msgspec.to_builtins(device.exposure))
+    if device.backend:
+        table["backend"] = device.backend
+    return {**table, **device.attributes}
 
 
 def _check_unique(table: str, names: Sequence[str]) -> None:

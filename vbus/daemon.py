@@ -29,6 +29,10 @@ from vbus.errors import (
 )
 from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
+from vbus.logs import about
+from vbus.metrics.server import MetricsServer, address_of
+from vbus.sockets import Access
+from vbus.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,12 @@ class Daemon:
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
         self.backends = Backends(config.backends, runtime_dir, self.model, self._tell)
+        self.trace = Trace(config.daemon.trace)
         self._guests: dict[str, Guest] = {}
         self._exposed: dict[str, ExposedDevice] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
+        self.access = Access()
         self._stop = trio.Event()
         self._device_nursery: trio.Nursery
         self._guest_nursery: trio.Nursery
@@ -82,6 +88,8 @@ class Daemon:
         runtime directory, ConfigError for what cannot be made as configured, and what
         a device's `setup` or a socket refuses.
         """
+        with self._place("daemon"):
+            self.access = Access.of_group(self.config.daemon.group)
         with self._own_runtime_dir():
             _raise_file_limit()
             async with trio.open_nursery() as self._device_nursery:
@@ -90,6 +98,7 @@ class Daemon:
                     await self._device_nursery.start(self.backends.serve)
                     async with trio.open_nursery() as self._guest_nursery:
                         await self._populate()
+                        await self._serve_metrics()
                         await self._guest_nursery.start(
                             ControlServer(self, self.control_path).serve
                         )
@@ -172,7 +181,7 @@ class Daemon:
             return list(backend.wanted)
         device = self.model.device(name)
         class_name = self.model.class_name(device)
-        values = {key: device.get_attribute(key) for key in device.attributes}
+        values = dict(self.model.given(device))
         buses = [bus.name for bus, _ in self.model.links(device)]
         exposed = self._exposed.get(name)
         exposure = None if exposed is None else exposed.config
@@ -202,6 +211,7 @@ class Daemon:
             self.model.bus(config.bus),
             path,
             lambda event: self._tell({"event": event, "guest": config.name}),
+            trace=self.trace,
         )
         self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
@@ -253,6 +263,15 @@ class Daemon:
         else:
             await self.make_device(device)
 
+    async def _serve_metrics(self) -> None:
+        server, configured = MetricsServer(self), self.config.daemon.metrics
+        path = self.runtime_dir / "metrics.sock"
+        await self._guest_nursery.start(server.serve_unix, path, self.access)
+        if configured is not None:
+            with self._place("daemon"):
+                address = address_of(configured)
+            await self._guest_nursery.start(server.serve_tcp, address)
+
     @contextmanager
     def _place(self, part: str) -> Iterator[None]:
         """Turn what is wrong in the configuration into a ConfigError that names it."""
@@ -270,9 +289,10 @@ class Daemon:
         except Exception as error:
             if not guest.listening:
                 raise innermost(error) from None
-            logger.exception("guest %s failed", guest.name)
-            about = {"guest": guest.name, "message": str(innermost(error))}
-            self._tell({"event": "guest-failed", **about})
+            with about(guest=guest.name, bus=guest.bus.name):
+                logger.exception("guest %s failed", guest.name)
+            what = {"guest": guest.name, "message": str(innermost(error))}
+            self._tell({"event": "guest-failed", **what})
         finally:
             del self._guests[guest.name]
 
@@ -299,7 +319,8 @@ class Daemon:
                 except BusyError:
                     continue
                 except Exception:
-                    logger.exception("%s: removing it failed", name)
+                    with about(device=name):
+                        logger.exception("%s: removing it failed", name)
             if list(self.model.devices) == left:
                 logger.error("not removed, they use each other: %s", ", ".join(left))
                 return
@@ -326,7 +347,7 @@ class Daemon:
         """Run a device's own task; when it fails nobody sees the device any more."""
         if self.model.devices.get(device.name) is not device:
             return  # removed before its task could start
-        with trio.CancelScope() as scope:
+        with trio.CancelScope() as scope, about(device=device.name):
             self._serving[device.name] = scope
             try:
                 await device.serve()
@@ -359,6 +380,7 @@ class Daemon:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(f"another daemon runs in {self.runtime_dir}") from None
+            self.access.grant(self.runtime_dir)
             yield
         finally:
             os.close(fd)

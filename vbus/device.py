@@ -19,13 +19,17 @@ A device must not assume that it runs in the daemon's process: it sees a guest o
 Connection and SharedMemory, and its host only as `self.host`.
 """
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from vbus.attributes import Attribute, attribute, attributes_of
 from vbus.connection import Connection, Ended, SharedMemory
 from vbus.errors import BusyError, InvalidError, PermissionDeniedError
+from vbus.meter import Meter
 from vbus.pci.function import PciFunction
+
+logger = logging.getLogger(__name__)
 
 CallResult = bytes | int | tuple[int, bytes] | None
 """Data for the guest's buffer, a result (>= 0 or -errno), both, or just success."""
@@ -86,6 +90,7 @@ class Device:
         self.name = name
         self.host = host
         self.connections: set[Connection] = set()
+        self.meter = Meter()
         unknown = attributes.keys() - self.attributes.keys()
         if unknown:
             raise InvalidError(
@@ -182,23 +187,43 @@ class Device:
         return getattr(self, self._declared(name).name)
 
     def set_attribute(self, name: str, value: object) -> None:
-        """Set a writable attribute from outside.
+        """Set one writable attribute from outside; raises as `set_attributes`."""
+        self.set_attributes({name: value})
+
+    def set_attributes(self, values: Mapping[str, object]) -> None:
+        """Set writable attributes from outside, all of them or none.
 
         Raises InvalidError, PermissionDeniedError, BusyError, or what
-        `attribute_changed` raises, with the old value back in place.
+        `attribute_changed` raises, with the old values back in place: it is called
+        once more for each that was changed already.
         """
+        parsed = {name: self._settable(name).parse(values[name]) for name in values}
+        before = {name: getattr(self, name) for name in values}
+        done: list[str] = []
+        try:
+            for name, value in parsed.items():
+                self.__dict__[name] = value
+                self.attribute_changed(name)
+                done.append(name)
+        except BaseException:
+            self.__dict__.update(before)
+            for name in reversed(done):
+                self._changed_back(name)
+            raise
+
+    def _settable(self, name: str) -> Attribute[Any]:
         declared = self._declared(name)
         if not declared.writable:
             raise PermissionDeniedError(f"{self.name}: {name} cannot be changed")
         if self.connections and not declared.writable_while_open:
             raise BusyError(f"{self.name}: {name} cannot be changed while open")
-        before = getattr(self, name)
-        self.__dict__[name] = declared.parse(value)
+        return declared
+
+    def _changed_back(self, name: str) -> None:
         try:
             self.attribute_changed(name)
-        except BaseException:
-            self.__dict__[name] = before
-            raise
+        except Exception:  # the refusal that led here is what the caller wants to know
+            logger.exception("%s: %s could not be changed back", self.name, name)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:

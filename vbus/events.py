@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shm import Gauge
 from vbus.abi import EVENT, PRIORITY_HIGHEST, EventId
 from vbus.abi import Event as EventRecord
 from vbus.errors import VbusError
@@ -82,9 +83,9 @@ class EventStatistics:
     """Queues given up because of what the guest wrote."""
     lost: int
     """Events dropped with a faulted queue."""
-    waiting: int
+    waiting: Gauge
     """Events in the backlog now."""
-    most_waiting: int
+    most_waiting: Gauge
 
 
 class _Queue:

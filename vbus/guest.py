@@ -13,8 +13,10 @@ from vbus.bridge import Bridge
 from vbus.bus import Bus
 from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
+from vbus.logs import about
 from vbus.pci.function import InterruptSink
 from vbus.tasks import BridgeTasks
+from vbus.trace import NO_TRACE, Trace
 from vbus.vfio_user.server import VfioUserServer
 
 
@@ -27,6 +29,7 @@ class _ToldBridge(Bridge):
         effects: BridgeEffects,
         config: GuestConfig,
         tell: Callable[[str], object],
+        trace: Trace,
     ) -> None:
         self._tell = tell
         super().__init__(
@@ -35,6 +38,7 @@ class _ToldBridge(Bridge):
             name=config.name,
             msix=config.msix,
             call_timeout_s=config.call_timeout_s,
+            trace=trace,
         )
 
     def attach(self, interrupts: InterruptSink) -> None:
@@ -60,6 +64,7 @@ class Guest:
         bus: Bus,
         path: Path,
         tell: Callable[[str], object] = lambda _: None,
+        trace: Trace = NO_TRACE,
     ) -> None:
         """Describe it; `tell` gets "guest-attached" and "guest-left"."""
         self.config = config
@@ -68,6 +73,7 @@ class Guest:
         self.listening = False
         """Its socket is or was there: `serve` has started."""
         self._tell = tell
+        self._trace = trace
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
 
@@ -80,7 +86,7 @@ class Guest:
     ) -> None:
         """Serve until cancelled or removed. Raises what the socket refuses."""
         try:
-            with self._scope:
+            with self._scope, about(guest=self.name, bus=self.bus.name):
                 async with trio.open_nursery() as nursery:
                     await self._serve(nursery, task_status)
         finally:
@@ -95,7 +101,7 @@ class Guest:
         self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
     ) -> None:
         tasks = BridgeTasks(nursery)
-        self.bridge = _ToldBridge(self.bus, tasks, self.config, self._tell)
+        self.bridge = _ToldBridge(self.bus, tasks, self.config, self._tell, self._trace)
         tasks.failed = self.bridge.connection_failed
         self.server = VfioUserServer(
             self.bridge,

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from shm import AddressSpace
 from vbus import abi
 from vbus.abi import CAP_NAMES, Hypercall
+from vbus.asking import Result
 from vbus.bus import Bus, Interface
-from vbus.client import BusClient, Result
+from vbus.client import BusClient
 from vbus.connection import Connection, SharedMemory
 from vbus.errors import InvalidError, NotFoundError, VbusError
 

@@ -1,21 +1,25 @@
 """Unix sockets of a daemon: made safely, taken over when stale, and who connects."""
 
+import grp
 import os
 import socket
 import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import trio
 
-from vbus.errors import BusyError, ExistsError
+from vbus.errors import BusyError, ExistsError, InvalidError
 
 BACKLOG = 64
 MODE = 0o600
 _UCRED = struct.Struct("iII")
+_SO_PEERGROUPS = 59
+_GROUPS_SIZE = 1024
 
 
 class Peer(NamedTuple):
@@ -31,6 +35,47 @@ def peer_of(sock: socket.socket | trio.socket.SocketType) -> Peer:
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     assert isinstance(raw, bytes)
     return Peer(*_UCRED.unpack(raw))
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use a socket of management: root, our own user, and maybe a group."""
+
+    gid: int | None = None
+
+    @classmethod
+    def of_group(cls, name: str | None) -> Self:
+        """Let the members of a group in too. Raises InvalidError: there is none."""
+        if name is None:
+            return cls()
+        try:
+            return cls(grp.getgrnam(name).gr_gid)
+        except KeyError:
+            raise InvalidError(f"no group {name!r} on this machine") from None
+
+    def grant(self, path: Path) -> None:
+        """Let the group through at a socket, or a folder. Raises OSError."""
+        if self.gid is not None:
+            os.chown(path, -1, self.gid)
+            mode = stat.S_IMODE(path.stat().st_mode)
+            path.chmod(mode | (mode & stat.S_IRWXU) >> 3)
+
+    def allows(self, sock: socket.socket | trio.socket.SocketType) -> bool:
+        """Check who connected: the file's mode may have been changed."""
+        peer = peer_of(sock)
+        if peer.uid in (0, os.geteuid()):
+            return True
+        return self.gid is not None and self.gid in (peer.gid, *_groups_of(sock))
+
+
+def _groups_of(sock: socket.socket | trio.socket.SocketType) -> tuple[int, ...]:
+    """Give the peer's supplementary groups; none if it has more than we can ask for."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
+    except OSError:
+        return ()
+    assert isinstance(raw, bytes)
+    return struct.unpack(f"={len(raw) // 4}I", raw)
 
 
 def listen(path: Path, owner_uid: int | None = None) -> socket.socket:

@@ -6,6 +6,7 @@ import trio
 
 from shm import Doorbell
 from vbus.connection import Connection, Ended
+from vbus.logs import about
 
 
 class BridgeTasks:
@@ -41,6 +42,10 @@ class BridgeTasks:
         self._watchers.pop(doorbell).cancel()
 
     async def _run(self, connection: Connection, scope: trio.CancelScope) -> None:
+        with about(device=connection.device.name):
+            await self._run_bound(connection, scope)
+
+    async def _run_bound(self, connection: Connection, scope: trio.CancelScope) -> None:
         try:
             with scope:
                 # The end may come before the task's first step.

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import trio
 
 from shm import AddressSpace, Doorbell
+from vbus.asking import Result, Waiting
 from vbus.backend import wire
 from vbus.bus import Interface
-from vbus.client import BusClient, ClientCounters, Result, Waiting
+from vbus.client import BusClient, ClientCounters
 from vbus.connection import Connection, Ended, SharedMemory, State
 from vbus.device import Device
 from vbus.errors import NotFoundError, VbusError

@@ -15,10 +15,10 @@ import trio
 
 from backends.process.guest import GuestSide
 from shm import Doorbell
+from vbus.asking import Result, Waiting
 from vbus.attributes import REQUIRED
 from vbus.backend import wire
 from vbus.bus import BusModel
-from vbus.client import Result, Waiting
 from vbus.control.show import plain
 from vbus.device import Device
 from vbus.errors import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from backends.venet.session import OFFERED, SPIN_US, Group, Session, Shm, parse_spin
 from vbus.device import Connection, Device, Host, SharedMemory, attribute, call
 from vbus.errors import InvalidError
-from vbus.net import FrameBatch, HostEnd, MacAddress
+from vbus.net import Direction, FrameBatch, FrameWatchers, HostEnd, MacAddress
 
 _MAC = struct.Struct("6s")
 _COUNTERS = 12
@@ -95,6 +95,7 @@ class VenetBase(Device):
         super().__init__(name, host, **attributes)
         if not self.client_mac:
             self.client_mac = str(MacAddress.from_name(name))
+        self.frames = FrameWatchers()
         self._session: Session | None = None
         self._before = [0] * _COUNTERS
         self._signals_before = 0
@@ -120,6 +121,8 @@ class VenetBase(Device):
     def deliver(self, batch: FrameBatch, first: int, count: int) -> None:
         """Copy frames into the guest, if one is there."""
         if self._session is not None:
+            if self.frames:
+                self.frames.show(self.name, Direction.OUT, batch, first, count)
             self._session.deliver(batch, first, count)
 
     def flush(self) -> None:
@@ -149,7 +152,12 @@ class VenetBase(Device):
     async def run(self, connection: Connection) -> None:
         session = self._session
         if session is not None and session.connection is connection:  # not closed yet
-            await session.run(self.forward)
+            await session.run(self._take)
+
+    def _take(self, batch: FrameBatch) -> None:
+        if self.frames:
+            self.frames.show(self.name, Direction.IN, batch, 0, len(batch))
+        self.forward(batch)
 
     def _session_of(self, connection: Connection) -> Session:
         assert self._session is not None

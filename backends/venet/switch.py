@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from backends.venet.mactable import MacTable
+from shm import Gauge
 from vbus.device import Device, Host, attribute
 from vbus.errors import InvalidError
-from vbus.net import FrameBatch, MacAddress
+from vbus.net import Direction, FrameBatch, FrameWatchers, MacAddress
 
 _DECISION_LIFE_S = 1.0
 _DECISIONS = 4096
@@ -59,8 +60,8 @@ class SwitchStatistics:
     flooded: int
     filtered: int
     spoofed: int
-    ports: int
-    macs: int
+    ports: Gauge
+    macs: Gauge
     refused: int
 
 
@@ -91,6 +92,7 @@ class Switch(Device):
         self.table: MacTable[Port] = MacTable(
             age_s=self.mac_age_s, limit=self.mac_limit, clock=self.clock
         )
+        self.frames = FrameWatchers()
         self._ports: list[Port] = []
         self._decided_at = self.clock()
         self._decided_with = -1
@@ -126,6 +128,8 @@ class Switch(Device):
 
     def forward(self, source: Port, batch: FrameBatch) -> None:
         """Send all frames of a batch where they belong."""
+        if self.frames:
+            self.frames.show(source.name, Direction.IN, batch, 0, len(batch))
         self._refresh_decisions()
         touched: set[Port] = set()
         for key, first, count in batch.runs():

@@ -15,7 +15,14 @@ from backends.venet.session import SPIN_US, parse_spin, spin
 from backends.venet.switch import Port, Switch
 from vbus.device import Device, Host, attribute
 from vbus.errors import NoDeviceError
-from vbus.net import FrameBatch, MacAddress, Tap, TapStatistics
+from vbus.net import (
+    Direction,
+    FrameBatch,
+    FrameWatchers,
+    MacAddress,
+    Tap,
+    TapStatistics,
+)
 from vbus.net.interface import check_name, parse_address
 
 DISABLED = "<disabled>"
@@ -72,11 +79,14 @@ async def _pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
 class _TapPort(Port):
     """The switch's view of a TAP."""
 
-    def __init__(self, name: str, tap: Tap) -> None:
+    def __init__(self, name: str, tap: Tap, frames: FrameWatchers) -> None:
         super().__init__(name)
         self.tap = tap
+        self._frames = frames
 
     def deliver(self, batch: FrameBatch, first: int, count: int) -> None:
+        if self._frames:
+            self._frames.show(self.name, Direction.OUT, batch, first, count)
         self.tap.end.deliver(batch, first, count)
 
 
@@ -96,6 +106,7 @@ class SwitchTap(Device):
         super().__init__(name, host, **attributes)
         if not self.host_mac:
             self.host_mac = str(MacAddress.from_name(f"{name}/host"))
+        self.frames = FrameWatchers()
         self._port: _TapPort | None = None
         self._switch: Switch | None = None
 
@@ -103,7 +114,7 @@ class SwitchTap(Device):
         switch = find_switch(self, self.switch)
         tap = _open_tap(self, self.ifname, up=True)
         try:
-            port = _TapPort(self.name, tap)
+            port = _TapPort(self.name, tap, self.frames)
             switch.attach(port, MacAddress.parse(self.host_mac))
         except BaseException:
             tap.close()
@@ -121,7 +132,13 @@ class SwitchTap(Device):
         port, switch = self._port, self._switch
         assert port is not None
         assert switch is not None
-        await _pump(port.tap, lambda batch: switch.forward(port, batch))
+
+        def forward(batch: FrameBatch) -> None:
+            if self.frames:
+                self.frames.show(self.name, Direction.IN, batch, 0, len(batch))
+            switch.forward(port, batch)
+
+        await _pump(port.tap, forward)
 
     def statistics(self) -> TapStatistics | dict[str, int]:
         """A snapshot of the counters."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,11 +17,15 @@ WITHIN_S = 60
 class Served:
     """A daemon on a runtime directory; a context manager that ends it with SIGTERM."""
 
-    def __init__(self, folder: Path, config: str = "") -> None:
+    def __init__(
+        self, folder: Path, config: str = "", words: Sequence[str] = ()
+    ) -> None:
+        """Start it with further `words` of `vbus serve`."""
         self.runtime = folder / "run"
         self.log = folder / "log"
         self._path = folder / "vbus.toml"
         self._path.write_text(config)
+        self._words = words
         self.environment = {**os.environ, "VBUS_RUNTIME_DIR": str(self.runtime)}
         self.process = self.start()
 
@@ -29,7 +34,15 @@ class Served:
         guard = ["setpriv", "--pdeathsig", "TERM", sys.executable]
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*guard, "-m", "vbus", "serve", "--config", self._path],
+                [
+                    *guard,
+                    "-m",
+                    "vbus",
+                    "serve",
+                    "--config",
+                    self._path,
+                    *self._words,
+                ],
                 env=self.environment,
                 stderr=log,
             )

@@ -119,6 +119,52 @@ def test_not_writable_while_open() -> None:
         recorded.model.set_attribute("base0", "label", "new")
 
 
+class Thermostat(Device):
+    """Refuses what does not go together, and notes what it was told."""
+
+    low = attribute(int, default=10, writable=True)
+    high = attribute(int, default=20, writable=True)
+    place = attribute(str, default="hall")
+
+    def setup(self) -> None:
+        self.told: list[tuple[int, int]] = []
+
+    def attribute_changed(self, name: str) -> None:
+        self.told.append((self.low, self.high))
+        if self.low > self.high:
+            raise InvalidError(f"{self.low} is over {self.high}")
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"high": 30, "low": "many"}, InvalidError),
+        ({"high": 30, "nonesuch": 1}, InvalidError),
+        ({"high": 30, "place": "cellar"}, PermissionDeniedError),
+        ({"high": 30, "low": 40}, InvalidError),
+    ],
+)
+def test_several_attributes_are_set_all_or_none(
+    values: dict[str, object], error: type[Exception]
+) -> None:
+    """R11: a refusal leaves everything as it was, and the device knows."""
+    model = BusModel({"thermostat": Thermostat})
+    device = model.add_device("t", "thermostat")
+    assert isinstance(device, Thermostat)
+    told: list[object] = []
+    model.watch(told.append)
+    with pytest.raises(error):
+        model.set_attributes("t", values)
+    assert (device.low, device.high) == (10, 20)
+    assert told == []
+    assert model.given(device) == {}
+    assert device.told == [] or device.told[-1] == (10, 20)
+    model.set_attributes("t", {"high": "50", "low": 40})
+    assert (device.low, device.high) == (40, 50)
+    assert len(told) == 2
+    assert model.given(device) == {"high": "50", "low": 40}
+
+
 # Calls
 
 

@@ -7,7 +7,8 @@ was changed meanwhile is kept and given to the next process.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -154,6 +155,14 @@ class Backend:
             if isinstance(device, RemoteDevice) and device.name in self.wanted
         ]
 
+    def kept(self) -> list[DeviceConfig]:
+        """Those that were asked of the daemon, there or not, as they are now."""
+        kept = {one.name: one for one in self.wanted.values()}
+        for device in self.devices():
+            buses = tuple(bus.name for bus, _ in self._model.links(device))
+            kept[device.name] = msgspec.structs.replace(kept[device.name], buses=buses)
+        return [one for name, one in kept.items() if name not in self._brought]
+
     def want(self, device: DeviceConfig) -> None:
         """Have a device made whenever the backend comes up. Raises ExistsError."""
         if device.name in self.wanted or device.name in self._model.devices:
@@ -184,6 +193,9 @@ class Backend:
         if self.link is not None and interface.device is device:
             await self.link.retract(list(device.connections))
         self._model.unlink(bus, name)
+        wanted = self.wanted[name]
+        left = tuple(bus.name for bus, _ in self._model.links(device))
+        self._want(wanted, buses=left)
 
     async def set_attribute(self, name: str, attribute: str, value: object) -> None:
         """Set an attribute. Raises what the backend refuses with."""
@@ -191,6 +203,23 @@ class Backend:
         wanted = self.wanted[name]
         self._want(wanted, attributes={**wanted.attributes, attribute: value})
         self._model.set_attribute(name, attribute, values.get(attribute, value))
+
+    async def set_attributes(self, name: str, values: Mapping[str, object]) -> None:
+        """Set attributes, all or none. Raises what the backend refuses with."""
+        device, given = self._model.device(name), self.wanted[name].attributes
+        before: dict[str, object] = {}
+        try:
+            for attribute, value in values.items():
+                now = device.get_attribute(attribute)
+                await self.set_attribute(name, attribute, value)
+                before[attribute] = now
+        except VbusError:
+            for attribute, value in reversed(before.items()):
+                with suppress(VbusError):
+                    await self.set_attribute(name, attribute, value)
+            if name in self.wanted:
+                self._want(self.wanted[name], attributes=given)
+            raise
 
     async def count(self) -> None:
         """Bring the devices' statistics up to date."""

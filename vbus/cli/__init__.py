@@ -30,8 +30,13 @@ OWN = {
     "class": "vbus.cli.objects:device_class",
     "device": "vbus.cli.objects:device",
     "guest": "vbus.cli.objects:guest",
+    "apply": "vbus.cli.desired:apply",
+    "save": "vbus.cli.desired:save",
+    "capture": "vbus.cli.capture:capture",
     "events": "vbus.cli.watching:events",
     "stats": "vbus.cli.watching:stats",
+    "top": "vbus.cli.top:top",
+    "trace": "vbus.cli.trace:trace",
     "tree": "vbus.cli.watching:tree",
 }
 
@@ -60,7 +65,7 @@ class Tree(click.Group):
         if own is not None:
             return own
         entry = self._added().get(cmd_name)
-        return None if entry is None else _command(entry.load())
+        return None if entry is None else _loaded(entry)
 
 
 class _Root(Tree):
@@ -72,6 +77,21 @@ class _Root(Tree):
             return super().get_command(ctx, cmd_name)
         module, _, name = OWN[cmd_name].partition(":")
         return _command(getattr(import_module(module), name))
+
+
+def _loaded(entry: EntryPoint) -> click.Command | None:
+    """Load a command of somebody's; None, and a line about it, if it is broken."""
+    try:
+        found = entry.load()
+        if isinstance(found, click.Command):
+            return found
+        reason = f"{entry.value} is no command"
+    except Exception as error:  # whatever a stranger's module does
+        reason = f"{type(error).__name__}: {error}"
+    package = f" of {entry.dist.name}" if entry.dist else ""
+    text = " ".join(f"the command {entry.name!r}{package} is broken: {reason}".split())
+    click.echo(f"vbus: {text}", err=True)
+    return None
 
 
 def _command(found: object) -> click.Command:

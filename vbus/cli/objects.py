@@ -254,11 +254,26 @@ def guest() -> None:
 @click.option("--bus", required=True, help="The bus it sees.")
 @click.option("--msix/--no-msix", default=True, help="Show MSI-X beside MSI.")
 @click.option("--uid", type=click.IntRange(0), help="The user whose socket it is.")
+@click.option(
+    "--allow-truncatable",
+    is_flag=True,
+    help="Take memory that could shrink, and with it the risk of SIGBUS.",
+)
+@click.option(
+    "--spin-us",
+    type=click.FloatRange(0, 10_000),
+    help="Look for the next message so long before sleeping.",
+)
+@click.option(
+    "--call-timeout-s",
+    type=click.FloatRange(0, 3600, min_open=True),
+    help="The deadline of each call of a device.",
+)
 @as_json
-def guest_add(name: str, bus: str, msix: bool, uid: int | None, as_json: bool) -> None:
+def guest_add(as_json: bool, **options: object) -> None:
     """Open a socket for a guest, and print where it is."""
-    about = {"name": name, "bus": bus, "msix": msix, "uid": uid}
-    added = ask("guest.add", guest=about)
+    given = {key: value for key, value in options.items() if value is not None}
+    added = ask("guest.add", guest=given)
     if as_json:
         print_json(added)
     else:

@@ -14,9 +14,11 @@ import trio
 from vbus.config import Config, load, runtime_dir
 from vbus.daemon import Daemon, innermost
 from vbus.errors import ConfigError, PermissionDeniedError, VbusError
+from vbus.logs import add_about
 
 EXIT_NO_PERMISSION = 77
 EXIT_BAD_CONFIG = 78
+_JSON = (structlog.processors.format_exc_info, structlog.processors.JSONRenderer())
 
 
 @click.command()
@@ -33,10 +35,19 @@ EXIT_BAD_CONFIG = 78
     default="info",
     show_default=True,
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="For people, or an object on each line for programs.",
+)
 @click.pass_context
-def serve(context: click.Context, path: Path | None, log_level: str) -> None:
+def serve(
+    context: click.Context, path: Path | None, log_level: str, log_format: str
+) -> None:
     """Run the bus daemon until SIGTERM or SIGINT."""
-    _log_to_stderr(log_level)
+    _log_to_stderr(log_level, as_json=log_format == "json")
     try:
         config = Config() if path is None else load(path)
         where = runtime_dir(config.daemon.runtime_dir)
@@ -71,19 +82,20 @@ def _explain(error: BaseException) -> int:
     return EXIT_NO_PERMISSION if denied else 1
 
 
-def _log_to_stderr(level: str) -> None:
+def _log_to_stderr(level: str, *, as_json: bool) -> None:
     colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.dev.ConsoleRenderer(colors=colors),
+                *(_JSON if as_json else [structlog.dev.ConsoleRenderer(colors=colors)]),
             ],
             foreign_pre_chain=[
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.add_logger_name,
                 structlog.processors.TimeStamper(fmt="iso"),
+                add_about,
             ],
         )
     )

@@ -11,28 +11,32 @@ from vbus.cli.asking import as_json, ask, client, console, print_json, printable
 
 
 @click.command()
+@click.option("--tree", is_flag=True, help="Begin with all there is.")
 @as_json
-def events(as_json: bool) -> None:
-    """Print every change from now on, until interrupted."""
-    trio.run(_follow, as_json)
+def events(tree: bool, as_json: bool) -> None:
+    """Print every change from now on, each as JSON on a line, until interrupted.
+
+    The first line says from where on: {"event": "start"}, or with --tree
+    {"event": "tree", ...}. Nothing is lost after it, unless a line says so:
+    {"event": "lost", "count": n}.
+    """
+    trio.run(_follow, tree)
 
 
-async def _follow(as_json: bool) -> None:
+async def _follow(tree: bool) -> None:
     async with client() as control:
-        async for event in control.events():
-            click.echo(json.dumps(event) if as_json else _line(event))
-
-
-def _line(event: dict[str, object]) -> str:
-    about = (f"{key}={value}" for key, value in event.items() if key != "event")
-    return printable(f"{event['event']:<16} {' '.join(about)}".rstrip())
+        async for event in control.events(tree=tree):
+            click.echo(json.dumps(event))
 
 
 @click.command()
 @click.argument("path", default="")
 @as_json
 def stats(path: str, as_json: bool) -> None:
-    """Print counters: all of them, or those at PATH (guests/g1/bridge)."""
+    """Print counters: all of them, or those at PATH.
+
+    A PATH is daemon, bus/NAME, device/NAME, guest/NAME, and deeper: guest/g1/bridge.
+    """
     shown = ask("stats", path=path)
     if as_json:
         print_json(shown)

@@ -54,15 +54,20 @@ class ControlClient:
         await self._ask(op, args)
         return (await self._answer()).result
 
-    def events(self) -> "Events":
+    def events(self, *, tree: bool = False) -> "Events":
         """Give every change from now on; the connection is for nothing else then.
 
+        First comes {"event": "start"}, or with `tree` {"event": "tree", ...}: all there
+        is at that moment, as `vbus tree --json` shows it. Nothing is lost in between.
         A reader that is too slow is told its losses: {"event": "lost", "count": n}.
         """
-        return Events(self)
+        return Events(self, tree=tree)
 
     async def next_event(self) -> dict[str, object]:
-        """Wait for one more event; for `Events`."""
+        """Wait for one more event, after the request for a stream.
+
+        Raises as `request`.
+        """
         while True:
             event = (await self._answer()).event
             if event is not None:
@@ -104,15 +109,19 @@ class ControlClient:
 class Events:
     """The stream of changes, as an async iterator; it starts when first asked."""
 
-    def __init__(self, client: ControlClient) -> None:
+    def __init__(self, client: ControlClient, *, tree: bool) -> None:
         self._client = client
+        self._tree = tree
         self._started = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> dict[str, object]:
-        if not self._started:
-            await self._client.request("events")
-            self._started = True
-        return await self._client.next_event()
+        if self._started:
+            return await self._client.next_event()
+        started = await self._client.request("events", tree=self._tree)
+        self._started = True
+        if self._tree:
+            return {"event": "tree", **started["tree"]}
+        return {"event": "start"}

@@ -1,8 +1,8 @@
 """What can be asked of a daemon: each op with the struct of its arguments.
 
 An op is a plain or async function of the daemon and its arguments; what it returns is
-shown to the client, what VbusError it raises is the refusal. `events` is not here: it
-is a stream, and the server's business.
+shown to the client, what VbusError it raises is the refusal. What is answered on and
+on is in `streams`.
 """
 
 import errno
@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vbus.config import DeviceConfig, Expose, GuestConfig, SpinUs, Uid, exposure
+from vbus.config import (
+    DeviceConfig,
+    Expose,
+    GuestConfig,
+    SpinUs,
+    Uid,
+    exposure,
+    from_document,
+    to_document,
+)
+from vbus.control.apply import apply, running
 from vbus.control.show import (
     show_backend,
     show_buses,
@@ -19,8 +29,9 @@ from vbus.control.show import (
     show_classes,
     show_devices,
     show_guest,
-    statistics,
+    show_tree,
 )
+from vbus.control.statistics import statistics
 from vbus.errors import InvalidError, NotFoundError
 
 if TYPE_CHECKING:
@@ -69,6 +80,12 @@ class AddGuest(_Args, frozen=True):
     guest: GuestConfig
 
 
+class Desired(_Args, frozen=True):
+    document: dict[str, Any]
+    dry_run: bool = False
+    force: bool = False
+
+
 class StatsPath(_Args, frozen=True):
     path: str = ""
 
@@ -115,13 +132,12 @@ async def _device_remove(daemon: "Daemon", args: Name) -> object:
 
 
 async def _device_set(daemon: "Daemon", args: SetAttributes) -> object:
-    """Set one attribute after the other; ends at the first that is refused."""
-    for attribute, value in args.attributes.items():
-        backend = daemon.backends.of_device(args.name)
-        if backend is not None:
-            await backend.set_attribute(args.name, attribute, value)
-        else:
-            daemon.model.set_attribute(args.name, attribute, value)
+    """Set attributes: all, or none."""
+    backend = daemon.backends.of_device(args.name)
+    if backend is not None:
+        await backend.set_attributes(args.name, args.attributes)
+    else:
+        daemon.model.set_attributes(args.name, args.attributes)
     return show_devices(daemon, [daemon.model.device(args.name)])[0]
 
 
@@ -176,16 +192,26 @@ async def _device_restart(daemon: "Daemon", args: Name) -> object:
     return {"restarted": await daemon.restart_device(args.name)}
 
 
+def _config(daemon: "Daemon", args: Nothing) -> object:
+    return to_document(running(daemon))
+
+
+async def _apply(daemon: "Daemon", args: Desired) -> object:
+    return await apply(
+        daemon,
+        from_document(args.document),
+        lambda op, step: perform(daemon, op, step),
+        dry_run=args.dry_run,
+        force=args.force,
+    )
+
+
 def _tree(daemon: "Daemon", args: Nothing) -> object:
-    return {
-        "buses": show_buses(daemon, daemon.model.buses.values()),
-        "devices": show_devices(daemon, daemon.model.devices.values()),
-        "guests": [show_guest(guest) for guest in daemon.guests.values()],
-    }
+    return show_tree(daemon)
 
 
 async def _stats(daemon: "Daemon", args: StatsPath) -> object:
-    if args.path.strip("/").partition("/")[0] in ("", "devices"):
+    if args.path.strip("/").partition("/")[0] in ("", "device", "devices"):
         await daemon.backends.count()
     return statistics(daemon, args.path)
 
@@ -209,6 +235,8 @@ OPERATIONS: dict[str, tuple[type[_Args], Operation]] = {
     "guest.add": (AddGuest, _guest_add),
     "guest.remove": (Name, _guest_remove),
     "guest.show": (MaybeName, _guest_show),
+    "config": (Nothing, _config),
+    "apply": (Desired, _apply),
     "stats": (StatsPath, _stats),
     "tree": (Nothing, _tree),
 }

@@ -1,7 +1,6 @@
 """The control socket: who may ask, and one task per client that answers it."""
 
 import logging
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from vbus.control import wire
-from vbus.control.feed import EventFeed
 from vbus.control.operations import errno_name, perform
+from vbus.control.streams import STREAMS, open_stream
 from vbus.errors import BusyError, PermissionDeniedError, ProtocolError, VbusError
 from vbus.sockets import listen, peer_of, unlinker
 
@@ -26,16 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """Serves the control protocol on `path` to root and to the daemon's own user.
+    """Serves the control protocol on `path` to those whom `daemon.access` allows.
 
-    The file has mode 0600; whom it still lets in by descriptor passing or a changed
-    mode is checked by SO_PEERCRED, and told when refused.
+    The file has mode 0600, or 0660 for a group; whom it still lets in by descriptor
+    passing or a changed mode is checked by SO_PEERCRED, and told when refused.
     """
 
     def __init__(self, daemon: "Daemon", path: Path) -> None:
         self._daemon = daemon
         self._path = path
-        self._allowed = {0, os.geteuid()}
         self._clients = 0
 
     async def serve(
@@ -48,6 +46,7 @@ class ControlServer:
         with trio.socket.from_stdlib_socket(listen(self._path)) as listener:
             unlink = unlinker(self._path)
             try:
+                self._daemon.access.grant(self._path)
                 async with trio.open_nursery() as nursery:
                     task_status.started()
                     while True:
@@ -80,7 +79,7 @@ class ControlServer:
 
     def _refusal(self, sock: trio.socket.SocketType) -> VbusError | None:
         pid, uid, _ = peer_of(sock)
-        if uid not in self._allowed:
+        if not self._daemon.access.allows(sock):
             logger.warning("control client %d of uid %d refused", pid, uid)
             return PermissionDeniedError("this daemon belongs to another user")
         if self._clients > CLIENT_LIMIT:
@@ -111,8 +110,8 @@ class _Client:
             await self._fail(0, error)
 
     async def _answer(self, request: wire.Request) -> None:
-        if request.op == "events":
-            await self._stream(request.id)
+        if request.op in STREAMS:
+            await self._stream(request)
             return
         try:
             result = await perform(self._daemon, request.op, request.args)
@@ -144,19 +143,24 @@ class _Client:
         while data:
             data = data[await self._sock.send(data) :]
 
-    async def _stream(self, id: int) -> None:
-        """Send every change until the client leaves.
+    async def _stream(self, request: wire.Request) -> None:
+        """Send what a stream gives until the client leaves.
 
-        One that does not read costs no more than its feed holds, so it may take its
+        One that does not read costs no more than the stream holds, so it may take its
         time: whoever pages through `vbus events` reads again later.
         """
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
-            with EventFeed(self._daemon.watch) as feed, suppress(OSError):
-                await self._send(wire.encode(wire.Answer(id, result=True)))
-                while True:
-                    event = wire.Answer(id, event=await feed.next())
-                    await self._send_patiently(wire.encode(event))
+        try:
+            with open_stream(self._daemon, request.op, request.args) as stream:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._until_hung_up, nursery.cancel_scope)
+                    with suppress(OSError, trio.TooSlowError):
+                        await self._succeed(request.id, stream.first)
+                        while True:
+                            event = wire.Answer(request.id, event=await stream.next())
+                            for frame in wire.encode_answer(event):
+                                await self._send_patiently(frame)
+        except VbusError as error:
+            await self._fail(request.id, error)
 
     async def _until_hung_up(self, scope: trio.CancelScope) -> None:
         with suppress(OSError):

@@ -1,21 +1,18 @@
-"""How buses, classes, devices, guests and their counters look to a client.
+"""How buses, classes, devices, and guests look to a client.
 
 Stable keys: programs read them with `--json`.
 """
 
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
-import trio
 
 from vbus.attributes import REQUIRED
 from vbus.backend.backend import Backend
 from vbus.bus import Bus, BusModel
 from vbus.device import Device
-from vbus.errors import NotFoundError
 from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
 from vbus.pci.constants import Irq
@@ -144,62 +141,12 @@ def show_backend(backend: Backend) -> Shown:
     }
 
 
-def statistics(daemon: "Daemon", path: str) -> object:
-    """Give all counters as one tree, or the part at `path`. Raises NotFoundError.
-
-    Only what is asked for is counted.
-    """
-    node: object = {
-        "daemon": _daemon_statistics,
-        "devices": {
-            name: device.statistics for name, device in daemon.model.devices.items()
-        },
-        "functions": {
-            name: {
-                "function": exposed.function.statistics,
-                "server": exposed.server.statistics,
-                "memory": exposed.function.memory.statistics,
-            }
-            for name, exposed in daemon.exposed.items()
-        },
-        "backends": {
-            name: backend.link.statistics
-            for name, backend in daemon.backends.named.items()
-            if backend.link is not None
-        },
-        "guests": {
-            guest.name: {
-                "bridge": guest.bridge.statistics,
-                "server": guest.server.statistics,
-                "memory": guest.bridge.memory.statistics,
-            }
-            for guest in daemon.guests.values()
-        },
-    }
-    for step in filter(None, path.split("/")):
-        node = _counted(node) if callable(node) else node
-        if not isinstance(node, Mapping) or step not in node:
-            raise NotFoundError(f"no statistics at {path!r}: {step!r} is unknown")
-        node = node[step]
-    return _counted(node)
-
-
-def _counted(node: object) -> object:
-    if isinstance(node, Mapping):
-        return {key: _counted(value) for key, value in node.items()}
-    if not callable(node):
-        return node
-    try:
-        return plain(node())
-    except Exception as error:  # a device's bug must not hide all others' counters
-        logger.exception("statistics failed")
-        return {"error": repr(error)}
-
-
-def _daemon_statistics() -> Shown:
+def show_tree(daemon: "Daemon") -> Shown:
+    """Show all that can be managed."""
     return {
-        "tasks": trio.lowlevel.current_statistics().tasks_living,
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "buses": show_buses(daemon, daemon.model.buses.values()),
+        "devices": show_devices(daemon, daemon.model.devices.values()),
+        "guests": [show_guest(guest) for guest in daemon.guests.values()],
     }
 
 

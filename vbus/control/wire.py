@@ -4,11 +4,11 @@
     request  {"version": 1, "id": n, "op": "device.add", "args": {...}}
     reply    {"id": n, "result": ...}, or
              {"id": n, "error": {"errno": "EEXIST", "message": "..."}}
-    event    {"id": n, "event": {...}}, any number of them after the reply to "events"
+    event    {"id": n, "event": {...}}, any number of them after the reply to a stream
     part     {"id": n, "part": bytes}: a reply over 1 MiB comes in slices of its
              msgpack, and {"id": n, "parts": how many} after them
 
-What an op takes and gives is in `operations`.
+What an op takes and gives is in `operations` and `streams`.
 """
 
 import struct

@@ -4,10 +4,14 @@ from vbus.net._core import BATCH, FrameBatch, GuestEnd, HostEnd, TapEnd
 from vbus.net.guest import GuestPump, GuestRings, GuestStatistics
 from vbus.net.mac import MacAddress
 from vbus.net.tap import Tap, TapStatistics
+from vbus.net.watch import Direction, FrameWatcher, FrameWatchers
 
 __all__ = [
     "BATCH",
+    "Direction",
     "FrameBatch",
+    "FrameWatcher",
+    "FrameWatchers",
     "GuestEnd",
     "GuestPump",
     "GuestRings",

@@ -302,6 +302,34 @@ static PyObject *batch_frame(PyObject *self, PyObject *index)
                          frame->offload.csum_offset);
 }
 
+/* snap(i, limit) -> (bytes, length, flags, gso_type, gso_size): the first `limit` bytes */
+static PyObject *batch_snap(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    Batch *batch = (Batch *)self;
+    const struct vn_frame *frame;
+    struct vn_cursor at;
+    PyObject *bytes;
+    unsigned i, size;
+
+    if (!exactly(nargs, 2) || !as_unsigned(args[0], &i) || !as_unsigned(args[1], &size) ||
+        !batch_alive(batch))
+        return NULL;
+    if (i >= batch->batch.count) {
+        PyErr_SetString(PyExc_IndexError, "the batch has fewer frames");
+        return NULL;
+    }
+    frame = &batch->batch.frame[i];
+    if (size > frame->len)
+        size = frame->len;
+    bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+    if (!bytes)
+        return NULL;
+    at = vn_cursor_at(frame, 0);
+    vn_cursor_copy(&at, PyBytes_AsString(bytes), size);
+    return Py_BuildValue("(NIIBH)", bytes, frame->len, frame->offload.flags,
+                         frame->offload.gso_type, frame->offload.gso_size);
+}
+
 /* load([(bytes, flags, gso_type, gso_size, csum_start, csum_offset), ...]) */
 static bool batch_load_one(struct vn_frame *frame, PyObject *item)
 {
@@ -352,6 +380,7 @@ static PyObject *batch_load(PyObject *self, PyObject *frames)
 static PyMethodDef batch_methods[] = {
     {"runs", batch_runs, METH_NOARGS, NULL},
     {"frame", batch_frame, METH_O, NULL},
+    {"snap", (PyCFunction)(void (*)(void))batch_snap, METH_FASTCALL, NULL},
     {"load", batch_load, METH_O, NULL},
     {"plain", (PyCFunction)(void (*)(void))batch_plain, METH_FASTCALL, NULL},
     {0},

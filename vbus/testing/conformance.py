@@ -137,12 +137,14 @@ class _Collector(logging.Handler):
 def _no_logged_bugs() -> Iterator[None]:
     """Fail on what the bridge logs about a device: it hides it from the guest."""
     collector = _Collector()
-    logger = logging.getLogger("vbus.client")
-    logger.addHandler(collector)
+    loggers = [logging.getLogger(name) for name in ("vbus.asking", "vbus.client")]
+    for logger in loggers:
+        logger.addHandler(collector)
     try:
         yield
     finally:
-        logger.removeHandler(collector)
+        for logger in loggers:
+            logger.removeHandler(collector)
     for record in collector.records:
         cause = record.exc_info[1] if record.exc_info else None
         raise AssertionError(record.getMessage()) from cause

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Self
 
+from shm import Gauge
 from vbus.pci.constants import REGION_COUNT, Region
 from vbus.sockets import Peer
 
@@ -32,7 +33,7 @@ class ServerStatistics:
     resets: int
     errors: int
     protocol_errors: int
-    pending: int
+    pending: Gauge
 
 
 @dataclass(frozen=True)

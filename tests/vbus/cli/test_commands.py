@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from proxy.guest import attach
 from tests.system.served import WITHIN_S, Served
+from vbus.errors import VbusError
 
 CONFIG = """
 [[bus]]
@@ -79,13 +82,44 @@ def test_json_has_stable_keys(daemon: Served) -> None:
 
 def test_stats_are_a_tree_that_a_path_cuts(daemon: Served) -> None:
     everything = daemon.ask("stats")
-    assert set(everything) == {"daemon", "devices", "functions", "backends", "guests"}
-    assert set(everything["guests"]["g1"]) == {"bridge", "server", "memory"}
-    bridge = daemon.ask("stats", "guests/g1/bridge")
-    assert bridge["fast_calls"] == 0
-    assert daemon.ask("stats", "/devices/lan0/") == everything["devices"]["lan0"]
-    assert daemon.vbus("stats", "devices/lan0/macs").stdout == "devices/lan0/macs: 1\n"
-    assert "devices/x" in refused(daemon, 1, "stats", "devices/x")
+    kinds = {"daemon", "bus", "device", "function", "backend", "guest"}
+    assert set(everything) == kinds
+    assert set(everything["guest"]["g1"]) == {"bridge", "server", "memory"}
+    assert daemon.ask("stats", "guest/g1/bridge")["fast_calls"] == 0
+    assert daemon.ask("stats", "/device/lan0/") == everything["device"]["lan0"]
+    assert daemon.ask("stats", "devices/lan0") == everything["device"]["lan0"]
+    assert daemon.ask("stats", "bus/bus0") == {"devices": 1, "guests": 1, "ids": 1}
+    assert daemon.ask("stats", "daemon")["resident_kib"] > 1000
+    assert daemon.vbus("stats", "device/lan0/macs").stdout == "device/lan0/macs: 1\n"
+    assert "device/x" in refused(daemon, 1, "stats", "device/x")
+
+
+def test_the_bus_counts_what_each_device_is_asked(daemon: Served) -> None:
+    """Calls, refusals and how long they took, whatever the device counts itself."""
+    assert daemon.vbus("device", "add", "e", "--class", "echo", "--bus", "bus0")
+
+    async def ask() -> None:
+        async with attach(daemon.socket("g1")) as bridge:
+            device = await bridge.open("e")
+            for _ in range(5):
+                await device.call(0, b"hello")
+            with pytest.raises(VbusError):
+                await device.call(77, b"")
+
+    trio.run(ask)
+    counted = daemon.ask("stats", "device/e/bus")
+    latency = counted.pop("latency")
+    assert counted == {
+        "connections": 0,
+        "opens": 1,
+        "shares": 0,
+        "calls": 6,
+        "refusals": 1,
+        "signals": 0,
+        "coalesced": 0,
+    }
+    assert sum(latency["buckets"]) == latency["count"] == 6
+    assert latency["total_us"] > 0
 
 
 def test_devices_come_and_go_while_it_runs(daemon: Served) -> None:
@@ -177,24 +211,18 @@ def test_debug_shows_where_it_failed(tmp_path: Path) -> None:
 
 
 def test_events_are_one_json_object_a_line_until_sigint(daemon: Served) -> None:
-    command = [sys.executable, "-m", "vbus", "events", "--json"]
+    """The first line says from where on nothing is missing."""
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "vbus", "events"],
         env=daemon.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as watcher:
         assert watcher.stdout is not None
-        # It is not known when it watches: repeat a change until it tells of one.
-        os.set_blocking(watcher.stdout.fileno(), False)
-        line = ""
-        for nth in range(100):
-            daemon.vbus("device", "set", "lan0", f"mac_limit={nth + 1}")
-            line = watcher.stdout.readline()
-            if line:
-                break
-        assert json.loads(line) == {
+        assert json.loads(watcher.stdout.readline()) == {"event": "start"}
+        daemon.vbus("device", "set", "lan0", "mac_limit=7")
+        assert json.loads(watcher.stdout.readline()) == {
             "event": "device-changed",
             "device": "lan0",
             "attribute": "mac_limit",
@@ -203,6 +231,21 @@ def test_events_are_one_json_object_a_line_until_sigint(daemon: Served) -> None:
         assert watcher.wait(WITHIN_S) == 130
         assert watcher.stderr is not None
         assert "Traceback" not in watcher.stderr.read()
+
+
+def test_events_begin_with_the_tree_if_wanted(daemon: Served) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "vbus", "events", "--tree"],
+        env=daemon.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stdout is not None
+        first = json.loads(watcher.stdout.readline())
+        watcher.send_signal(signal.SIGINT)
+        watcher.wait(WITHIN_S)
+    assert first.pop("event") == "tree"
+    assert first == daemon.ask("tree")
 
 
 def test_tables_are_whole_and_without_colour_for_programs(daemon: Served) -> None:
@@ -226,3 +269,39 @@ def test_every_command_has_help_and_takes_json(tmp_path: Path) -> None:
     shown = without_daemon(tmp_path, "device", "add", "--help")
     assert shown.returncode == 0
     assert "--json" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("nonesuch.module:run", "ModuleNotFoundError"),
+        ("vbus.cli:nonesuch", "AttributeError"),
+        ("vbus.cli:main", "is no command"),
+        ("broken:run", "RuntimeError: what a pity"),
+    ],
+)
+def test_a_broken_command_of_another_package_costs_one_line(
+    tmp_path: Path, value: str, reason: str
+) -> None:
+    """The help still lists all others, and whoever asks for it is told."""
+    (tmp_path / "broken.py").write_text("raise RuntimeError('what\\na pity')\n")
+    info = tmp_path / "stranger-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\n")
+    entries = f"[vbus.commands]\nstrange = {value}\n"
+    (info / "entry_points.txt").write_text(entries)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for words, status in ((["--help"], 0), (["strange"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "vbus", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+        )
+        first, *others = done.stderr.splitlines()
+        assert first.startswith("vbus: the command 'strange' of stranger is broken: ")
+        assert reason in first
+        assert len(others) == (status != 0)
+        assert done.returncode == status
+        assert ("\n  serve " in done.stdout) == (status == 0)

@@ -189,9 +189,9 @@ async def test_a_bug_of_a_device_is_an_error_and_not_the_end(
         await client.request("device.add", name="good", class_name="lamp")
         with pytest.raises(VbusError, match="another bug"):
             await client.request("device.set", name="bad", attributes={"level": 2})
-        counters = await client.request("stats", path="devices")
+        counters = await client.request("stats", path="device")
         assert "a bug" in counters["bad"]["error"]
-        assert counters["good"] == {}
+        assert counters["good"].keys() == {"bus"}
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -249,12 +249,42 @@ async def test_two_watchers_see_the_same_changes(tmp_path: Path) -> None:
         await client.request("device.remove", name="l")
     assert seen[0] == seen[1]
     assert seen[0] == [
+        "start",
         "bus-added",
         "device-added",
         "linked",
         "unlinked",
         "device-removed",
     ]
+
+
+async def test_what_there_is_and_every_change_since_leave_no_gap(
+    tmp_path: Path,
+) -> None:
+    """R11: a mirror of the tree that follows the events is never wrong."""
+    async with running(tmp_path) as daemon, control(daemon) as watcher:
+        stop = trio.Event()
+
+        async def change() -> None:
+            for nth in range(10_000):
+                daemon.model.add_bus(f"b{nth}")
+                await trio.lowlevel.checkpoint()
+                if stop.is_set():
+                    return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change)
+            while len(daemon.model.buses) < 5:
+                await trio.lowlevel.checkpoint()
+            events = watcher.events(tree=True)
+            first = await anext(events)
+            known = [bus["name"] for bus in first["buses"]]  # type: ignore[attr-defined]
+            assert first["event"] == "tree"
+            assert len(known) >= 5
+            while len(known) < 500:
+                known.append((await anext(events))["bus"])
+            stop.set()
+        assert known == [f"b{nth}" for nth in range(500)]
 
 
 async def test_a_watcher_that_never_reads_harms_nobody_and_is_told_its_losses(

@@ -1,0 +1,1 @@
+"""The counters for Prometheus: as text (`exposition`), over a socket (`server`)."""
