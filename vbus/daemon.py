@@ -27,6 +27,7 @@ from vbus.errors import (
     NotFoundError,
 )
 from vbus.guest import Guest
+from vbus.sockets import Listeners
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,17 @@ class Daemon:
     """One host's bus daemon, on a runtime directory of its own."""
 
     def __init__(
-        self, config: Config, runtime_dir: Path, model: BusModel | None = None
+        self,
+        config: Config,
+        runtime_dir: Path,
+        model: BusModel | None = None,
+        listeners: Listeners | None = None,
     ) -> None:
         """Take a configuration; nothing is made before `run`."""
         self.config = config
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
+        self.listeners = Listeners() if listeners is None else listeners
         self._guests: dict[str, Guest] = {}
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
@@ -64,6 +70,10 @@ class Daemon:
         """Let `run` close everything in order and return."""
         self._stop.set()
 
+    async def stopped(self) -> None:
+        """Wait until it was told to stop."""
+        await self._stop.wait()
+
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -83,6 +93,7 @@ class Daemon:
                         await self._guest_nursery.start(
                             ControlServer(self, self.control_path).serve
                         )
+                        self.listeners.remove_unclaimed()
                         logger.info("ready in %s", self.runtime_dir)
                         task_status.started()
                         await self._stop.wait()
@@ -135,6 +146,7 @@ class Daemon:
             self.model.bus(config.bus),
             path,
             lambda event: self._tell({"event": event, "guest": config.name}),
+            self.listeners,
         )
         self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
@@ -143,7 +155,9 @@ class Daemon:
 
     async def remove_guest(self, name: str) -> None:
         """Detach a guest, if it is attached, and close its socket."""
-        await self.guest(name).remove()
+        guest = self.guest(name)
+        await guest.remove()
+        self.listeners.remove(guest.path)
         self._tell({"event": "guest-removed", "guest": name})
 
     def guest(self, name: str) -> Guest:
@@ -191,6 +205,7 @@ class Daemon:
             if not guest.listening:
                 raise innermost(error) from None
             logger.exception("guest %s failed", guest.name)
+            self.listeners.remove(guest.path)
             about = {"guest": guest.name, "message": str(innermost(error))}
             self._tell({"event": "guest-failed", **about})
         finally:

@@ -14,6 +14,7 @@ from vbus.bus import Bus
 from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
 from vbus.pci.function import InterruptSink
+from vbus.sockets import Listeners
 from vbus.tasks import BridgeTasks
 from vbus.vfio_user.server import VfioUserServer
 
@@ -60,6 +61,7 @@ class Guest:
         bus: Bus,
         path: Path,
         tell: Callable[[str], object] = lambda _: None,
+        listeners: Listeners | None = None,
     ) -> None:
         """Describe it; `tell` gets "guest-attached" and "guest-left"."""
         self.config = config
@@ -68,6 +70,7 @@ class Guest:
         self.listening = False
         """Its socket is or was there: `serve` has started."""
         self._tell = tell
+        self._listeners = listeners
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
 
@@ -104,6 +107,7 @@ class Guest:
             owner_uid=self.config.uid,
             allow_truncatable=self.config.allow_truncatable,
             spin_us=self.config.spin_us,
+            listeners=self._listeners,
         )
         try:
             async with trio.open_nursery() as serving:
