@@ -158,7 +158,8 @@ class Listeners:
             found = _listening(fd)
             if found is None or found[1] in self._kept:
                 logger.warning("descriptor %d (%s) is of no use to us", fd, name)
-                os.close(fd)
+                if found is not None:
+                    found[0].close()
                 continue
             sock, path = found
             sock.setblocking(False)
@@ -209,15 +210,16 @@ class Listeners:
 
 
 def _listening(fd: int) -> tuple[socket.socket, Path] | None:
-    """Take a unix stream socket that listens on a path; anything else is left alone."""
+    """Take a unix stream socket that listens on a path; anything else is closed."""
     try:
         sock = socket.socket(fileno=fd)
     except OSError:
+        os.close(fd)
         return None
     if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
         address = sock.getsockname()
         listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if listens and address and isinstance(address, str):
             return sock, Path(address)
-    sock.detach()
+    sock.close()
     return None
