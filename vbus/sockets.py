@@ -26,6 +26,7 @@ BACKLOG = 64
 MODE = 0o600
 STORED = "vbus/"
 """How the names begin of the sockets that we gave to be kept."""
+_ACCEPTCON = 0x10000
 _UCRED = struct.Struct("iII")
 
 
@@ -98,9 +99,22 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
+        except PermissionError:
+            # A guest's, of another user, which we may not ask; the kernel may say.
+            if not _listens(path):
+                path.unlink()
+                return
         except BlockingIOError:
             pass
     raise BusyError(f"another server answers on {path}")
+
+
+def _listens(path: Path) -> bool:
+    """Does a socket of that name listen? See /proc/net/unix in proc(5)."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    entries = [line.split(maxsplit=7) for line in lines]
+    flags = [int(entry[3], 16) for entry in entries if entry[7:] == [str(path)]]
+    return any(word & _ACCEPTCON for word in flags)
 
 
 class Keeper(Protocol):

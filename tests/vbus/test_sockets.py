@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.vbus.isolation.children import in_child
 from vbus.errors import BusyError, ExistsError
 from vbus.service.inherited import Inherited
-from vbus.sockets import Listeners
+from vbus.sockets import Listeners, listen
 
 
 class Manager:
@@ -227,3 +228,34 @@ def test_a_kept_socket_follows_its_guests_user(
         listeners.listen(path, uid).close()
         assert path.stat().st_uid == uid
         listeners.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a socket away")
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_socket_given_to_another_user_is_taken_over_once_it_is_dead(
+    tmp_path: Path, alive: bool
+) -> None:
+    """A daemon without root may not even knock there."""
+
+    def work() -> str:
+        # By a relative name: the folders above are root's alone.
+        os.chown(tmp_path, 65534, 65534)
+        os.chdir(tmp_path)
+        path = Path("g1.sock")
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+            other.listen()
+            os.chown(path, 1, 1)
+            path.chmod(0o600)
+            if not alive:
+                other.close()
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            try:
+                listen(path).close()
+            except BusyError:
+                return "busy"
+            return "taken"
+
+    assert in_child(work) == ("busy" if alive else "taken")
