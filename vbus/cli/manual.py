@@ -45,7 +45,8 @@ _ESCAPES: Final = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\
 def pages(command: click.Command = vbus, *parents: click.Context) -> Iterator[Page]:
     """Give all commands of a tree, each with its context, parents first."""
     parent = parents[-1] if parents else None
-    context = click.Context(command, parent, info_name=command.name)
+    settings = command.context_settings
+    context = click.Context(command, parent, info_name=command.name, **settings)
     yield context, command
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
@@ -96,7 +97,10 @@ def _description(command: click.Command) -> Iterator[str]:
 
 
 def _options(context: click.Context, command: click.Command) -> Iterator[str]:
-    records = [param.get_help_record(context) for param in command.get_params(context)]
+    options = [
+        one for one in command.get_params(context) if isinstance(one, click.Option)
+    ]
+    records = [one.get_help_record(context) for one in options]
     return _table("OPTIONS", [record for record in records if record])
 
 
@@ -114,7 +118,7 @@ def _table(title: str, entries: Sequence[tuple[str, str]]) -> Iterator[str]:
     if entries:
         yield f".SH {title}"
     for term, text in entries:
-        yield from (".TP", rf"\fB{_text(term)}\fP", _text(text or "No description."))
+        yield from (".TP", rf"\fB{_text(term)}\fP", _text(text))
 
 
 def _see_also(context: click.Context, command: click.Command) -> Iterator[str]:

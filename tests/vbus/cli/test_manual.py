@@ -64,6 +64,7 @@ def test_a_page_is_proper_roff_and_tells_all(path: str, installed: Path) -> None
     text = plain(run("groff", "-man", "-Tutf8", "-ww", "-P-cbou", str(file)))
     text = text.replace("‐", "-").replace("−", "-")
     assert f"{path.replace(' ', '-')} - " in text
+    assert "-h, --help" in text
     for param in command.params:
         if isinstance(param, click.Option):
             assert param.opts[0] in text
