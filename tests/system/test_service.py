@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -178,6 +180,81 @@ def test_a_guest_nobody_configured_any_more_is_refused_again(tmp_path: Path) -> 
         manager.run()
         assert not manager.guest("g2").exists()
         assert sorted(name for name, _ in manager.store) == [CONTROL, G1]
+
+
+class Guest:
+    """`vbus guest run --reconnect` as a process."""
+
+    def __init__(self, manager: Manager, name: str) -> None:
+        words = ["guest", "run", str(manager.guest(name)), "--reconnect", "20", "-j"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vbus", *words], stdout=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, key: str, value: str) -> None:
+        """Read until an event is so."""
+        assert self.process.stdout is not None
+        limit = threading.Timer(WITHIN_S, self.process.kill)
+        limit.start()
+        try:
+            for line in self.process.stdout:
+                if json.loads(line).get(key) == value:
+                    return
+        finally:
+            limit.cancel()
+        raise AssertionError(f"the guest has ended, and was never {value}")
+
+    def wait_for_work(self) -> None:
+        """Read until it is attached, and a driver has opened and called its device."""
+        self.wait_for("event", "attached")
+        self.wait_for("state", "running")
+
+    def end(self) -> int:
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.communicate(timeout=WITHIN_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+        return self.process.returncode
+
+
+def test_four_guests_go_on_after_the_daemon_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """R60: they attach to the next daemon by themselves, and their drivers run."""
+    numbers = range(1, 5)
+    config = "".join(
+        f"[[bus]]\nname = 'bus{number}'\n"
+        f"[[device]]\nname = 'e{number}'\nclass = 'echo'\nbus = 'bus{number}'\n"
+        f"[[guest]]\nname = 'g{number}'\nbus = 'bus{number}'\n"
+        for number in numbers
+    )
+    with Manager(tmp_path, config) as manager:
+        manager.run()
+        guests = [Guest(manager, f"g{number}") for number in numbers]
+        try:
+            for guest in guests:
+                guest.wait_for_work()
+            manager.wait_for("STATUS=4 of 4 guests attached")
+            for _ in range(2):
+                killed = time.monotonic()
+                manager.end(signal.SIGKILL)
+                manager.run()
+                ready = time.monotonic()
+                for guest in guests:
+                    guest.wait_for_work()
+                took = time.monotonic() - killed
+                with capsys.disabled():
+                    print(
+                        f"\nready {ready - killed:.2f} s after the kill,"
+                        f" four guests at work after {took:.2f} s"
+                    )
+                manager.wait_for("STATUS=4 of 4 guests attached")
+        finally:
+            statuses = [guest.end() for guest in guests]
+        assert statuses == [0] * 4
 
 
 # Socket activation
