@@ -15,13 +15,15 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from shm import Doorbell
+from tests.netns import isolated
 from tests.vbus.isolation.children import Steps, bystander, in_child, outcome
 from vbus.errors import InvalidError, NotFoundError
 from vbus.isolation import (
@@ -163,7 +165,16 @@ def read_memory(pid: int) -> object:
         return memory.read(8)
 
 
-def others(pid: int) -> Steps:
+def take_memory(pid: int, fd: int) -> object:
+    """Open the guest memory another process holds, by its descriptor there."""
+    found = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+    try:
+        return os.pread(found, 6, 0)
+    finally:
+        os.close(found)
+
+
+def others(pid: int, memory: int) -> Steps:
     """All ways we know to another process's memory and files, and to harm it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
@@ -171,6 +182,7 @@ def others(pid: int) -> Steps:
         "/proc/PID/mem": lambda: read_memory(pid),
         "/proc/PID/maps": Path(f"/proc/{pid}/maps").read_bytes,
         "/proc/PID/fd": lambda: os.listdir(f"/proc/{pid}/fd"),
+        "/proc/PID/fd/N": lambda: take_memory(pid, memory),
         "ptrace": lambda: system_call("ptrace", 0x4206, pid, 0, 0),
         "pidfd_open": lambda: system_call("pidfd_open", pid, 0),
         "kcmp": lambda: system_call("kcmp", pid, pid, 0, 0, 0),
@@ -179,15 +191,25 @@ def others(pid: int) -> Steps:
     }
 
 
+@contextmanager
+def guest_memory() -> Iterator[int]:
+    """A memfd; the bystander that is forked next has it too, at the same number."""
+    memory = os.memfd_create("guest")
+    try:
+        os.write(memory, b"secret")
+        yield memory
+    finally:
+        os.close(memory)
+
+
 def test_other_processes_are_out_of_reach() -> None:
     """R60: no memory, no descriptors, no signals: of a process of the same user."""
-    with bystander() as pid:
-        free = in_child(
-            lambda: {name: outcome(step) for name, step in others(pid).items()}
-        )
+    with guest_memory() as memory, bystander() as pid:
+        steps = others(pid, memory)
+        free = in_child(lambda: {name: outcome(step) for name, step in steps.items()})
         assert isinstance(free, dict)
         assert set(free.values()) == {"ok"}, "the ways do work for who is not isolated"
-        held = tried(others(pid))
+        held = tried(steps)
     files = {name for name in held if name.startswith("/proc")}
     assert {held[name] for name in files} == {"EACCES"}
     assert {held[name] for name in held.keys() - files} == {"EPERM"}
@@ -201,14 +223,14 @@ def test_landlock_alone_keeps_processes_apart_as_well() -> None:
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         with landlock.Ruleset(landlock.abi()) as rules:
             rules.restrict_self()
-        steps = others(pid)
-        names = ("process_vm_readv", "/proc/PID/mem", "ptrace", "signal")
+        steps = others(pid, memory)
+        names = ("process_vm_readv", "/proc/PID/fd/N", "ptrace", "signal")
         return {name: outcome(steps[name]) for name in names}
 
-    with bystander() as pid:
+    with guest_memory() as memory, bystander() as pid:
         assert in_child(work) == {
             "process_vm_readv": "EPERM",
-            "/proc/PID/mem": "EACCES",
+            "/proc/PID/fd/N": "EACCES",
             "ptrace": "EPERM",
             "signal": "EPERM",
         }
@@ -367,7 +389,7 @@ def test_descriptors_of_before_and_passed_later_work() -> None:
 
 
 @pytest.mark.net
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a TAP")
+@isolated
 def test_a_tap_that_was_opened_before_moves_frames() -> None:
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     try:
