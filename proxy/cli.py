@@ -1,14 +1,20 @@
 """`vbus guest run|scan`: be a guest of a bridge; look what bridges there are."""
 
 import signal
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
+from functools import partial
 from typing import Any
 
 import click
 import msgspec
 import trio
 
+from proxy.again import returning
 from proxy.bridge import BridgeDriver
 from proxy.guest import MEMORY_MIB, attach
 from proxy.linux.devices import PciDevice
@@ -59,6 +65,7 @@ class _Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
+        self._subject: tuple[BridgeDriver, DriverHost] | None = None
 
     def way(self, line: str) -> None:
         """Say how the function is reached."""
@@ -93,7 +100,24 @@ class _Output:
             },
         )
 
-    def statistics(self, bridge: BridgeDriver, drivers: DriverHost) -> None:
+    @contextmanager
+    def about(self, bridge: BridgeDriver, drivers: DriverHost) -> Iterator[None]:
+        """Let `statistics` be about these, and print them at the end."""
+        self._subject = bridge, drivers
+        try:
+            yield
+        finally:
+            self.statistics()
+            self._subject = None
+
+    @property
+    def has_subject(self) -> bool:
+        return self._subject is not None
+
+    def statistics(self) -> None:
+        if self._subject is None:
+            return
+        bridge, drivers = self._subject
         values = {
             "event": "statistics",
             "bridge": bridge.statistics(),
@@ -151,6 +175,14 @@ _device = click.option(
     show_default=True,
 )
 @click.option("--compat", is_flag=True, help="Keep to the original protocol.")
+@click.option(
+    "--reconnect",
+    "patience_s",
+    type=click.FloatRange(0, 86400),
+    default=0,
+    metavar="SECONDS",
+    help="If the host goes, wait so long for it to come back.",
+)
 @click.option("-j", "--json", "as_json", is_flag=True, help="One JSON object per line.")
 def run(
     socket: str | None,
@@ -160,6 +192,7 @@ def run(
     frames: bool,
     memory_mib: int,
     compat: bool,
+    patience_s: float,
     as_json: bool,
 ) -> None:
     """Be a guest of a bridge until interrupted.
@@ -183,10 +216,14 @@ def run(
         defaults[VENET] = {"frames": True}
     output = _Output(as_json=as_json)
 
-    async def main() -> None:
+    async def once(told: trio.Event) -> None:
         where = socket or choose(device).address
         attaching = attach(where, memory_mib=memory_mib, compat=compat, say=output.way)
-        await _run(where, attaching, output, options, defaults)
+        await _attached(where, attaching, output, options, defaults, told)
+
+    async def main() -> None:
+        async with _obeying(output) as told:
+            await returning(partial(once, told), patience_s)
 
     try:
         trio.run(main)
@@ -197,29 +234,46 @@ def run(
         raise click.exceptions.Exit(code) from error
 
 
-async def _run(
+@asynccontextmanager
+async def _obeying(output: _Output) -> AsyncIterator[trio.Event]:
+    """Set the event at SIGTERM or SIGINT; SIGUSR1 prints statistics.
+
+    A body that is attached ends by itself then, in order; any other is cancelled.
+    """
+    told = trio.Event()
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+    with trio.open_signal_receiver(*numbers) as signals, trio.CancelScope() as scope:
+
+        async def obey() -> None:
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    output.statistics()
+                    continue
+                told.set()
+                if not output.has_subject:
+                    scope.cancel()
+
+        async with beside(obey):
+            yield told
+
+
+async def _attached(
     where: str,
     attaching: AbstractAsyncContextManager[BridgeDriver],
     output: _Output,
     options: Mapping[str, Mapping[str, object]],
     defaults: Mapping[str, Mapping[str, object]],
+    told: trio.Event,
 ) -> None:
-    with trio.open_signal_receiver(
-        signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-    ) as signals:
-        async with attaching as bridge:
-            output.attached(where, bridge)
-            drivers = DriverHost(
-                bridge, options=options, defaults=defaults, report=output.device
-            )
-            async with beside(drivers.run):
-                try:
-                    async for number in signals:
-                        if number != signal.SIGUSR1:
-                            break
-                        output.statistics(bridge, drivers)
-                finally:
-                    output.statistics(bridge, drivers)
+    """Be a guest until told to end; raises NoDeviceError when the host goes."""
+    async with attaching as bridge:
+        output.attached(where, bridge)
+        drivers = DriverHost(
+            bridge, options=options, defaults=defaults, report=output.device
+        )
+        async with beside(drivers.run):
+            with output.about(bridge, drivers):
+                await told.wait()
 
 
 @click.command("scan")

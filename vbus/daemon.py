@@ -31,7 +31,7 @@ from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
 from vbus.logs import about
 from vbus.metrics.server import MetricsServer, address_of
-from vbus.sockets import Access
+from vbus.sockets import Access, Listeners
 from vbus.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,11 @@ class Daemon:
     """One host's bus daemon, on a runtime directory of its own."""
 
     def __init__(
-        self, config: Config, runtime_dir: Path, model: BusModel | None = None
+        self,
+        config: Config,
+        runtime_dir: Path,
+        model: BusModel | None = None,
+        listeners: Listeners | None = None,
     ) -> None:
         """Take a configuration; nothing is made before `run`."""
         self.config = config
@@ -52,6 +56,7 @@ class Daemon:
         self.model: BusModel = BusModel() if model is None else model
         self.backends = Backends(config.backends, runtime_dir, self.model, self._tell)
         self.trace = Trace(config.daemon.trace)
+        self.listeners = Listeners() if listeners is None else listeners
         self._guests: dict[str, Guest] = {}
         self._exposed: dict[str, ExposedDevice] = {}
         self._watchers: list[Callable[[Happening], object]] = []
@@ -79,6 +84,10 @@ class Daemon:
         """Let `run` close everything in order and return."""
         self._stop.set()
 
+    async def stopped(self) -> None:
+        """Wait until it was told to stop."""
+        await self._stop.wait()
+
     async def run(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
@@ -102,6 +111,7 @@ class Daemon:
                         await self._guest_nursery.start(
                             ControlServer(self, self.control_path).serve
                         )
+                        self.listeners.remove_unclaimed()
                         logger.info("ready in %s", self.runtime_dir)
                         task_status.started()
                         await self._stop.wait()
@@ -167,6 +177,7 @@ class Daemon:
             if not exposed.listening:
                 raise BusyError(f"{name} is being added")
             await exposed.remove()
+            self.listeners.remove(exposed.path)
         self.model.remove_device(name)
 
     async def restart_device(self, name: str) -> list[str]:
@@ -212,6 +223,7 @@ class Daemon:
             path,
             lambda event: self._tell({"event": event, "guest": config.name}),
             trace=self.trace,
+            listeners=self.listeners,
         )
         self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
@@ -220,7 +232,9 @@ class Daemon:
 
     async def remove_guest(self, name: str) -> None:
         """Detach a guest, if it is attached, and close its socket."""
-        await self.guest(name).remove()
+        guest = self.guest(name)
+        await guest.remove()
+        self.listeners.remove(guest.path)
         self._tell({"event": "guest-removed", "guest": name})
 
     def guest(self, name: str) -> Guest:
@@ -240,7 +254,9 @@ class Daemon:
     async def _expose(self, device: Device, config: Exposure) -> None:
         path = self._functions_dir / f"{device.name}.sock"
         self._let_through(config.uid, self._functions_dir)
-        exposed = self._exposed[device.name] = ExposedDevice(device, config, path)
+        exposed = self._exposed[device.name] = ExposedDevice(
+            device, config, path, self.listeners
+        )
         await self._guest_nursery.start(self._serve_exposed, exposed)
 
     async def _populate(self) -> None:
@@ -291,6 +307,7 @@ class Daemon:
                 raise innermost(error) from None
             with about(guest=guest.name, bus=guest.bus.name):
                 logger.exception("guest %s failed", guest.name)
+            self.listeners.remove(guest.path)
             what = {"guest": guest.name, "message": str(innermost(error))}
             self._tell({"event": "guest-failed", **what})
         finally:
@@ -306,6 +323,7 @@ class Daemon:
             if not exposed.listening:
                 raise innermost(error) from None
             logger.exception("the function of %s failed", exposed.name)
+            self.listeners.remove(exposed.path)
             self._tell_failed(exposed.name, innermost(error))
         finally:
             del self._exposed[exposed.name]
@@ -356,6 +374,7 @@ class Daemon:
                 self._tell_failed(device.name, error)
                 if device.name in self._exposed:
                     self._exposed[device.name].end()
+                    self.listeners.remove(self._exposed[device.name].path)
                 for bus, _ in list(self.model.links(device)):
                     self.model.unlink(bus.name, device.name)
 

@@ -9,13 +9,20 @@ import trio
 
 from vbus.config import Exposure
 from vbus.device import Device
+from vbus.sockets import Listeners
 from vbus.vfio_user.server import VfioUserServer
 
 
 class ExposedDevice:
     """A device's function, shown until `remove`."""
 
-    def __init__(self, device: Device, config: Exposure, path: Path) -> None:
+    def __init__(
+        self,
+        device: Device,
+        config: Exposure,
+        path: Path,
+        listeners: Listeners | None = None,
+    ) -> None:
         """Make the function. Raises InvalidError: no such layout, or none at all."""
         self.device = device
         self.config = config
@@ -24,7 +31,11 @@ class ExposedDevice:
         """Its socket is or was there: `serve` has started."""
         self.function = device.pci_function(config.layout, spin_us=config.spin_us)
         self.server = VfioUserServer(
-            self.function, path, name=device.name, owner_uid=config.uid
+            self.function,
+            path,
+            name=device.name,
+            owner_uid=config.uid,
+            listeners=listeners,
         )
         self._scope = trio.CancelScope()
         self._gone = trio.Event()

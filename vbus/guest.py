@@ -15,6 +15,7 @@ from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
 from vbus.logs import about
 from vbus.pci.function import InterruptSink
+from vbus.sockets import Listeners
 from vbus.tasks import BridgeTasks
 from vbus.trace import NO_TRACE, Trace
 from vbus.vfio_user.server import VfioUserServer
@@ -65,6 +66,7 @@ class Guest:
         path: Path,
         tell: Callable[[str], object] = lambda _: None,
         trace: Trace = NO_TRACE,
+        listeners: Listeners | None = None,
     ) -> None:
         """Describe it; `tell` gets "guest-attached" and "guest-left"."""
         self.config = config
@@ -74,6 +76,7 @@ class Guest:
         """Its socket is or was there: `serve` has started."""
         self._tell = tell
         self._trace = trace
+        self._listeners = listeners
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
 
@@ -110,6 +113,7 @@ class Guest:
             owner_uid=self.config.uid,
             allow_truncatable=self.config.allow_truncatable,
             spin_us=self.config.spin_us,
+            listeners=self._listeners,
         )
         try:
             async with trio.open_nursery() as serving:

@@ -1,22 +1,33 @@
-"""Unix sockets of a daemon: made safely, taken over when stale, and who connects."""
+"""Unix sockets of a daemon: made safely, taken over when stale, and who connects.
+
+`Listeners` has them outlive the daemon: whoever connects meanwhile waits, unrefused,
+until the next daemon takes the same socket up.
+"""
 
 import grp
+import logging
 import os
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import trio
 
 from vbus.errors import BusyError, ExistsError, InvalidError
+from vbus.service.inherited import Inherited
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 64
 MODE = 0o600
+STORED = "vbus/"
+"""How the names begin of the sockets that we gave to be kept."""
+_ACCEPTCON = 0x10000
 _UCRED = struct.Struct("iII")
 _SO_PEERGROUPS = 59
 _GROUPS_SIZE = 1024
@@ -132,6 +143,141 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
+        except PermissionError:
+            # A guest's, of another user, which we may not ask; the kernel may say.
+            if not _listens(path):
+                path.unlink()
+                return
         except BlockingIOError:
             pass
     raise BusyError(f"another server answers on {path}")
+
+
+def _listens(path: Path) -> bool:
+    """Does a socket of that name listen? See /proc/net/unix in proc(5)."""
+    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+    entries = [line.split(maxsplit=7) for line in lines]
+    flags = [int(entry[3], 16) for entry in entries if entry[7:] == [str(path)]]
+    return any(word & _ACCEPTCON for word in flags)
+
+
+class Keeper(Protocol):
+    """Who has our descriptors while no daemon runs: the service manager."""
+
+    def store(self, name: str, *fds: int) -> None:
+        """Keep descriptors for the next daemon."""
+
+    def forget(self, name: str) -> None:
+        """Close what is kept by that name."""
+
+
+class Listener(NamedTuple):
+    """A listening socket. Who asked for it owns it, and closes it."""
+
+    sock: socket.socket
+    unlink: Callable[[], None]
+
+    def close(self) -> None:
+        """Stop listening; its file goes too, unless somebody keeps the socket."""
+        self.sock.close()
+        self.unlink()
+
+
+@dataclass
+class _Kept:
+    """A socket that lives on without us; `name` is "" if it is not ours to end."""
+
+    sock: socket.socket
+    name: str
+    claimed: bool = False
+
+
+class Listeners:
+    """Where listening sockets come from: inherited, or made and given to be kept.
+
+    Without arguments they are made, and end with their server.
+    """
+
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        inherited: Iterable[Inherited] = (),
+        keeper: Keeper | None = None,
+    ) -> None:
+        """Own the `inherited` descriptors; `root` is the folder names begin below.
+
+        Sockets are told apart by the path they are bound to. What is no listening
+        unix socket with a path is closed with a warning.
+        """
+        self._root = root
+        self._keeper = keeper
+        self._kept: dict[Path, _Kept] = {}
+        for name, fd in inherited:
+            found = _listening(fd)
+            if found is None or found[1] in self._kept:
+                logger.warning("descriptor %d (%s) is of no use to us", fd, name)
+                if found is not None:
+                    found[0].close()
+                continue
+            sock, path = found
+            sock.setblocking(False)
+            self._kept[path] = _Kept(sock, name if name.startswith(STORED) else "")
+
+    def listen(self, path: Path, owner_uid: int | None = None) -> Listener:
+        """Listen on `path`; raises as the function `listen`, which see."""
+        kept = self._kept.get(path)
+        if kept is not None and not path.is_socket():
+            self.remove(path)  # somebody tidied up: nobody can reach it any more
+            kept = None
+        if kept is None:
+            sock = listen(path, owner_uid)
+            if self._keeper is None:
+                return Listener(sock, unlinker(path))
+            kept = _Kept(sock, STORED + str(path.relative_to(self._root)))
+            self._kept[path] = kept
+            self._keeper.store(kept.name, sock.fileno())
+        elif kept.name and owner_uid is not None:
+            os.chown(path, owner_uid, -1)
+        kept.claimed = True
+        return Listener(kept.sock.dup(), lambda: None)
+
+    def remove(self, path: Path) -> None:
+        """End the socket for good, where it is kept and not the manager's own."""
+        kept = self._kept.get(path)
+        if kept is None or not kept.name:
+            return
+        del self._kept[path]
+        kept.sock.close()
+        if path.is_socket():
+            path.unlink()
+        if self._keeper is not None:
+            self._keeper.forget(kept.name)
+
+    def remove_unclaimed(self) -> None:
+        """End inherited sockets nobody asked for: of guests that are gone."""
+        for path, kept in list(self._kept.items()):
+            if not kept.claimed:
+                logger.warning("%s: nobody here serves this socket", path)
+                self.remove(path)
+
+    def close(self) -> None:
+        """Let go of all sockets; those that are kept live on."""
+        for kept in self._kept.values():
+            kept.sock.close()
+        self._kept.clear()
+
+
+def _listening(fd: int) -> tuple[socket.socket, Path] | None:
+    """Take a unix stream socket that listens on a path; anything else is closed."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
+        address = sock.getsockname()
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and address and isinstance(address, str):
+            return sock, Path(address)
+    sock.close()
+    return None

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import click
@@ -15,6 +13,11 @@ from vbus.config import Config, load, runtime_dir
 from vbus.daemon import Daemon, innermost
 from vbus.errors import ConfigError, PermissionDeniedError, VbusError
 from vbus.logs import add_about
+from vbus.service.inherited import take
+from vbus.service.log import goes_to_journal, journal_formatter
+from vbus.service.managed import run
+from vbus.service.notify import Notifier
+from vbus.sockets import Listeners
 
 EXIT_NO_PERMISSION = 77
 EXIT_BAD_CONFIG = 78
@@ -51,7 +54,7 @@ def serve(
     try:
         config = Config() if path is None else load(path)
         where = runtime_dir(config.daemon.runtime_dir)
-        trio.run(_run, Daemon(config, where))
+        trio.run(run, *_at_home(config, where))
     except (VbusError, OSError, ExceptionGroup) as error:
         cause = innermost(error)
         known = isinstance(cause, VbusError | OSError)
@@ -60,18 +63,13 @@ def serve(
         context.exit(_explain(cause))
 
 
-async def _run(daemon: Daemon) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, daemon)
-            await daemon.run()
-            nursery.cancel_scope.cancel()
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], daemon: Daemon) -> None:
-    async for number in signals:
-        logging.getLogger(__name__).info("got %s", signal.Signals(number).name)
-        daemon.stop()
+def _at_home(config: Config, where: Path) -> tuple[Daemon, Notifier]:
+    """Make the daemon with what the service manager gave, if there is one."""
+    inherited = take(os.environ)
+    notifier = Notifier.from_environment(os.environ)
+    keeper = notifier if notifier.connected else None
+    listeners = Listeners(where, inherited, keeper)
+    return Daemon(config, where, listeners=listeners), notifier
 
 
 def _explain(error: BaseException) -> int:
@@ -85,18 +83,24 @@ def _explain(error: BaseException) -> int:
 def _log_to_stderr(level: str, *, as_json: bool) -> None:
     colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_JSON if as_json else [structlog.dev.ConsoleRenderer(colors=colors)]),
-            ],
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.processors.TimeStamper(fmt="iso"),
-                add_about,
-            ],
-        )
-    )
+    if goes_to_journal(sys.stderr, os.environ) and not as_json:
+        handler.setFormatter(journal_formatter())
+    else:
+        last = _JSON if as_json else (structlog.dev.ConsoleRenderer(colors=colors),)
+        handler.setFormatter(_formatter(*last))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _formatter(*last: structlog.typing.Processor) -> logging.Formatter:
+    return structlog.stdlib.ProcessorFormatter(
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            *last,
+        ],
+        foreign_pre_chain=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.processors.TimeStamper(fmt="iso"),
+            add_about,
+        ],
+    )

@@ -11,7 +11,7 @@ from vbus.control import wire
 from vbus.control.operations import errno_name, perform
 from vbus.control.streams import STREAMS, open_stream
 from vbus.errors import BusyError, PermissionDeniedError, ProtocolError, VbusError
-from vbus.sockets import listen, peer_of, unlinker
+from vbus.sockets import peer_of
 
 if TYPE_CHECKING:
     from vbus.daemon import Daemon
@@ -43,16 +43,16 @@ class ControlServer:
 
         Raises what `vbus.sockets.listen` does.
         """
-        with trio.socket.from_stdlib_socket(listen(self._path)) as listener:
-            unlink = unlinker(self._path)
-            try:
-                self._daemon.access.grant(self._path)
-                async with trio.open_nursery() as nursery:
-                    task_status.started()
-                    while True:
-                        await self._accept(listener, nursery)
-            finally:
-                unlink()
+        listener = self._daemon.listeners.listen(self._path)
+        try:
+            self._daemon.access.grant(self._path)
+            sock = trio.socket.from_stdlib_socket(listener.sock)
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    await self._accept(sock, nursery)
+        finally:
+            listener.close()
 
     async def _accept(
         self, listener: trio.socket.SocketType, nursery: trio.Nursery

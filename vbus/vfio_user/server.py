@@ -18,7 +18,7 @@ import trio
 
 from vbus.errors import NoDeviceError, ProtocolError
 from vbus.pci.function import PciFunction
-from vbus.sockets import Peer, listen, peer_of, unlinker
+from vbus.sockets import Listeners, Peer, peer_of
 from vbus.vfio_user import wire
 from vbus.vfio_user.session import Session
 from vbus.vfio_user.statistics import (
@@ -43,6 +43,7 @@ class VfioUserServer:
     given to that user. `name` is for log lines. `allow_truncatable` takes guest
     memory whose file could shrink, which then ends this process by SIGBUS. With
     `spin_us` the server looks for the next message up to that long before it sleeps.
+    `listeners` may have the socket already.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class VfioUserServer:
         allowed_uids: Collection[int] | None = None,
         allow_truncatable: bool = False,
         spin_us: float = 0,
+        listeners: Listeners | None = None,
     ) -> None:
         self.function = function
         self.path = Path(path)
@@ -64,6 +66,7 @@ class VfioUserServer:
         )
         self._allow_truncatable = allow_truncatable
         self._spin_us = spin_us
+        self._listeners = Listeners() if listeners is None else listeners
         self._counters = Counters()
         self._at_attach = self._counters.frozen(None, 0, 0)
         self._session: Session | None = None
@@ -80,17 +83,15 @@ class VfioUserServer:
         Raises BusyError if another server answers on the path and ExistsError if
         something that is no socket stands there.
         """
-        listener = listen(self.path, self._owner_uid)
-        unlink = unlinker(self.path)
+        listener = self._listeners.listen(self.path, self._owner_uid)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.function.run)
                 task_status.started()
                 while True:
-                    await self._accept(listener, nursery)
+                    await self._accept(listener.sock, nursery)
         finally:
             listener.close()
-            unlink()
 
     @property
     def attached(self) -> bool:
