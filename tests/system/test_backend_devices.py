@@ -52,7 +52,9 @@ async def test_mistakes_of_a_device_stay_its_own(tmp_path: Path) -> None:
             assert (await c0.call(0, bytes(8)))[1] == b"g1......"
             with pytest.raises(CallTimeoutError):
                 await c0.call(1)
-            assert daemon.ask("stats", "devices/c0") == {"cancelled": 1, "open": 1}
+            counted = daemon.ask("stats", "device/c0")
+            del counted["bus"]
+            assert counted == {"cancelled": 1, "open": 1}
             with pytest.raises(VbusError) as bug:
                 await c0.call(2)
             assert bug.value.errno == errno.EIO
