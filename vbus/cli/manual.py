@@ -62,6 +62,7 @@ def page(context: click.Context, command: click.Command) -> str:
     name = context.command_path.replace(" ", "-")
     lines = [
         f'.TH "{_text(name.upper())}" 1 "" "vbus {version("vbus")}" "vbus"',
+        ".nh",
         ".SH NAME",
         f"{_text(name)} \\- {_text(_summary(command))}",
         ".SH SYNOPSIS",
