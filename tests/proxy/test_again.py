@@ -4,12 +4,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
-import trio.testing
+from trio.testing import MockClock
 
 from proxy.again import returning
 from vbus.errors import BusyError, NoDeviceError, UnreachableError, VbusError
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 def script(
@@ -27,13 +25,15 @@ def script(
     return once, times
 
 
-async def test_what_ends_by_itself_is_done_once() -> None:
+async def test_what_ends_by_itself_is_done_once(autojump_clock: MockClock) -> None:
     once, times = script(None)
     await returning(once, 10)
     assert len(times) == 1
 
 
-async def test_a_host_that_comes_back_is_attached_to_again() -> None:
+async def test_a_host_that_comes_back_is_attached_to_again(
+    autojump_clock: MockClock,
+) -> None:
     """R60: killed twice, and down for a while."""
     gone, down = NoDeviceError("gone"), UnreachableError("down")
     once, times = script(gone, down, down, gone, down, None)
@@ -41,21 +41,25 @@ async def test_a_host_that_comes_back_is_attached_to_again() -> None:
     assert len(times) == 6
 
 
-async def test_without_patience_the_first_end_is_the_last() -> None:
+async def test_without_patience_the_first_end_is_the_last(
+    autojump_clock: MockClock,
+) -> None:
     once, times = script(NoDeviceError("gone"))
     with pytest.raises(NoDeviceError):
         await returning(once, 0)
     assert len(times) == 1
 
 
-async def test_patience_ends() -> None:
+async def test_patience_ends(autojump_clock: MockClock) -> None:
     once, times = script(NoDeviceError("gone"), UnreachableError("down"))
     with pytest.raises(UnreachableError):
         await returning(once, 10)
     assert 10 <= times[-1] - times[0] < 11
 
 
-async def test_patience_begins_anew_each_time_the_host_was_there() -> None:
+async def test_patience_begins_anew_each_time_the_host_was_there(
+    autojump_clock: MockClock,
+) -> None:
     gone, down = NoDeviceError("gone"), UnreachableError("down")
     once, times = script(*[gone, *[down] * 150] * 3, None)
     await returning(once, 10)
