@@ -35,7 +35,7 @@ demo-vm: $(VENV)/cores ## Two virtual machines, a process and the host on one bu
 	@$(BIN)/vbus demo --vm $(ARGS)
 
 test: $(VENV)/cores $(VENV)/dev ## Run the tests; ARGS="-k name" picks some
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
 check: lint types layers ## Static checks: lint, format, types, layers
 
