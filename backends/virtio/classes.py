@@ -281,7 +281,9 @@ class VirtioConsoleDevice(VirtioOnBus):
     def statistics(self) -> ConsoleDeviceStatistics:
         """A snapshot of the counters."""
         about = _statistics(self, self.model.io_statistics())
-        return ConsoleDeviceStatistics(about.device, about.adapter, about.io, self.places)
+        return ConsoleDeviceStatistics(
+            about.device, about.adapter, about.io, self.places
+        )
 
 
 def _open_channel(place: str) -> Channel:
