@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 from backends.venet.base import parse_mac, parse_mtu
 from backends.venet.port import find_switch
-from backends.virtio.adapter import BusStatistics, VirtioOnBus
+from backends.virtio.adapter import AdapterStatistics, VirtioOnBus
 from backends.virtio.blk import BlkStatistics, VirtioBlk
 from backends.virtio.channels import Channel, LogFile, Pty, UnixSocket
 from backends.virtio.console import MAX_PORTS, ConsoleStatistics, Port, VirtioConsole
@@ -39,7 +39,7 @@ class DeviceStatistics:
     """The virtio device's life, what it did, and what crossed the bus for it."""
 
     device: VirtioStatistics
-    bus: BusStatistics
+    adapter: AdapterStatistics
     io: BlkStatistics | NetStatistics | ConsoleStatistics | RngStatistics
 
 
@@ -54,7 +54,7 @@ class ConsoleDeviceStatistics(DeviceStatistics):
 
 
 def _statistics(device: VirtioOnBus, io: _Io) -> DeviceStatistics:
-    return DeviceStatistics(device.model.statistics(), device.bus_statistics(), io)
+    return DeviceStatistics(device.model.statistics(), device.adapter_statistics(), io)
 
 
 def parse_size(value: object) -> int:
@@ -281,7 +281,9 @@ class VirtioConsoleDevice(VirtioOnBus):
     def statistics(self) -> ConsoleDeviceStatistics:
         """A snapshot of the counters."""
         about = _statistics(self, self.model.io_statistics())
-        return ConsoleDeviceStatistics(about.device, about.bus, about.io, self.places)
+        return ConsoleDeviceStatistics(
+            about.device, about.adapter, about.io, self.places
+        )
 
 
 def _open_channel(place: str) -> Channel:
