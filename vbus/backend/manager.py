@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from vbus import isolation
 from vbus.backend import wire
 from vbus.backend.backend import Backend, State, Tell
 from vbus.backend.backoff import Backoff
@@ -190,6 +191,11 @@ class Backends:
 
     async def _run_child(self, one: _Supervised) -> None:
         backend = one.backend
+        missing = isolation.missing()
+        if backend.config.isolation == "required" and missing:
+            backend.last_end = f"isolation is required, but {missing}"
+            log.error("backend %s: %s", backend.name, backend.last_end)
+            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         fd_socket = FdSocket(ours, wire.MAX_FDS)
         try:

@@ -45,7 +45,7 @@ def test_bits_are_looked_for_in_the_low_half(
         (OneOf(argument, (bits, 7)), word & 0xFFFFFFFF in (bits, 7)),
         (OneOf(argument, (3, 5), mask=15), word & 15 in (3, 5)),
     ):
-        unless = bpf.assemble(ARCH, [Rule(9, 1, unless=condition), Rule(10, 2)])
+        unless = bpf.assemble(ARCH, [Rule(9, 1, unless=(condition,)), Rule(10, 2)])
         only_if = bpf.assemble(ARCH, [Rule(9, 1, only_if=condition), Rule(10, 2)])
         asked = data(9, ARCH, *arguments)
         assert decide(unless, asked) == (ALLOW if holds else denied(1))
