@@ -191,11 +191,6 @@ class Backends:
 
     async def _run_child(self, one: _Supervised) -> None:
         backend = one.backend
-        missing = isolation.missing()
-        if backend.config.isolation == "required" and missing:
-            backend.last_end = f"isolation is required, but {missing}"
-            log.error("backend %s: %s", backend.name, backend.last_end)
-            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         fd_socket = FdSocket(ours, wire.MAX_FDS)
         try:
@@ -232,6 +227,9 @@ class Backends:
     def _spawn(
         self, config: BackendConfig, theirs: socket.socket
     ) -> "subprocess.Popen[bytes]":
+        missing = isolation.missing()
+        if config.isolation == "required" and missing:  # say it where it is seen
+            raise OSError(f"isolation is required, but {missing}")
         command = config.command or (
             *(sys.executable, "-m", "vbus", "backend", "run"),
             *("--name", config.name, *config.classes),
