@@ -3,7 +3,6 @@
 What comes of it is a result for the guest, or a Waiting that gives it later.
 """
 
-import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -32,57 +31,67 @@ class Waiting:
 Result = int | Waiting
 
 
-def settle(step: Callable[[], int], what: object) -> int:
-    """Run `step` to its result; a refusal is its errno, a bug is logged and -EIO."""
+def settle(
+    finish: Callable[[Outcome[T]], int], answer: Outcome[T], what: Callable[[], str]
+) -> int:
+    """Finish to a result; see `refusal` for what it raises."""
     try:
-        return step()
-    except VbusError as error:
+        return finish(answer)
+    except Exception as error:
+        return refusal(error, what)
+
+
+def refusal(error: Exception, what: Callable[[], str]) -> int:
+    """Give what the guest is answered: an errno, or -EIO for a bug, which is logged."""
+    if isinstance(error, VbusError):
         return -error.errno
-    except Exception:
-        log.exception("%s failed", what)
-        return -EIO
+    log.error("%s failed", what(), exc_info=error)
+    return -EIO
 
 
 def ask(
     device: Device,
     hook: Callable[[], T | Awaitable[T]],
     finish: Callable[[Outcome[T]], int],
-    what: object,
+    what: Callable[[], str],
     *,
-    ended: Callable[[Outcome[T]], object] = lambda _: None,
+    ended: Callable[[Outcome[T]], object],
 ) -> Result:
     """Ask `device` something by `hook`, now or, if its hook is async, later.
 
     `ended` runs in the same step in which the hook ends, whatever became of the guest
-    meanwhile; `finish` only if the guest still waits for the result.
+    meanwhile; `finish` only if the guest still waits for the result. `what` is for the
+    log.
     """
     token = DEVICE.set(device.name)
     try:
         answer = outcome.capture(hook)
-        if isinstance(answer, outcome.Value) and inspect.isawaitable(answer.value):
+        if isinstance(answer, outcome.Value) and hasattr(answer.value, "__await__"):
             awaitable = cast(Awaitable[T], answer.value)
-            return _later(device, awaitable, finish, what, ended)
+            return later(device, awaitable, finish, what, ended)
         now = cast("Outcome[T]", answer)
         ended(now)
-        return settle(lambda: finish(now), what)
+        return settle(finish, now, what)
     finally:
         DEVICE.reset(token)
 
 
-def _later(
+def later(
     device: Device,
     awaitable: Awaitable[T],
     finish: Callable[[Outcome[T]], int],
-    what: object,
+    what: Callable[[], str],
     ended: Callable[[Outcome[T]], object],
 ) -> Waiting:
+    """Give the result of a hook that is async; the rest as `ask`."""
+
     async def work() -> T:
         with about(device=device.name):
-            later: Outcome[T] = await outcome.acapture(_await, awaitable)
-            ended(later)
-        return later.unwrap()
+            found: Outcome[T] = await outcome.acapture(_await, awaitable)
+            ended(found)
+        return found.unwrap()
 
-    return Waiting(work, lambda later: settle(lambda: finish(later), what))
+    return Waiting(work, lambda found: settle(finish, found, what))
 
 
 async def _await(awaitable: Awaitable[T]) -> T:

@@ -13,15 +13,15 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EIO
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import outcome
 import trio
-from outcome import Error, Outcome
+from outcome import Error, Outcome, Value
 
 from shm import AddressSpace
 from vbus.abi import EventId
-from vbus.asking import Result, ask
+from vbus.asking import Result, ask, later, refusal
 from vbus.bus import Interface
 from vbus.connection import Connection, Ended, SharedMemory, State
 from vbus.device import CallResult, Device
@@ -35,6 +35,7 @@ from vbus.errors import (
     VbusError,
 )
 from vbus.events import Event
+from vbus.logs import DEVICE
 from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class BusClient:
             device,
             lambda: device.open(connection),
             finish,
-            f"open of {device.name} by {self._guest}",
+            lambda: f"open of {device.name} by {self._guest}",
             ended=lambda answer: self._opened(connection, answer, started),
         )
 
@@ -199,26 +200,63 @@ class BusClient:
         device = connection.device
         self._counters.calls += 1
         started = time.perf_counter_ns()
+        # What `ask` does, without anything made for each call: most are plain.
+        token = DEVICE.set(device.name)
+        try:
+            try:
+                answer = device.call(connection, func, data, flags)
+            except Exception as error:
+                self._called(connection, func, data, started, error)
+                raise
+            if hasattr(answer, "__await__"):
+                asked = cast(Awaitable[CallResult], answer)
+                return self._call_later(connection, func, data, reply, asked, started)
+            self._called(connection, func, data, started, None)
+            return _answer(answer, device, reply)
+        except Exception as error:
+            return refusal(error, lambda: self._call_of(device, func))
+        finally:
+            DEVICE.reset(token)
+
+    def _call_later(
+        self,
+        connection: Connection,
+        func: int,
+        data: bytes,
+        reply: Callable[[bytes], None],
+        asked: Awaitable[CallResult],
+        started: int,
+    ) -> Result:
+        device = connection.device
 
         def ended(answer: Outcome[CallResult]) -> None:
-            took = time.perf_counter_ns() - started
-            device.meter.called(took, refused=isinstance(answer, Error))
-            if self._trace.on:
-                self._record("call", connection, func, len(data), answer, started)
+            error = answer.error if isinstance(answer, Error) else None
+            self._called(connection, func, data, started, error)
 
-        def finish(answer: Outcome[CallResult]) -> int:
-            result, out = _split(answer.unwrap(), device)
-            if out:
-                reply(out)
-            return result
-
-        return ask(
+        return later(
             device,
-            lambda: device.call(connection, func, data, flags),
-            finish,
-            f"call {func} of {device.name} by {self._guest}",
-            ended=ended,
+            asked,
+            lambda answer: _answer(answer.unwrap(), device, reply),
+            lambda: self._call_of(device, func),
+            ended,
         )
+
+    def _call_of(self, device: Device, func: int) -> str:
+        return f"call {func} of {device.name} by {self._guest}"
+
+    def _called(
+        self,
+        connection: Connection,
+        func: int,
+        data: bytes,
+        started: int,
+        error: BaseException | None,
+    ) -> None:
+        took = time.perf_counter_ns() - started
+        connection.device.meter.called(took, error is not None)
+        if self._trace.on:
+            answer = Value(None) if error is None else Error(error)
+            self._record("call", connection, func, len(data), answer, started)
 
     def _record(
         self,
@@ -270,7 +308,7 @@ class BusClient:
             connection.device,
             lambda: connection.device.share(connection, shm),
             finish,
-            f"share {id} with {connection.device.name} by {self._guest}",
+            lambda: f"share {id} with {connection.device.name} by {self._guest}",
             ended=lambda answer: self._shared(
                 connection, Signal(shm, event, connection), answer, started
             ),
@@ -360,7 +398,7 @@ class BusClient:
             connection.device,
             lambda: connection.device.close(connection),
             lambda _: 0,
-            f"close of {connection.device.name} by {self._guest}",
+            lambda: f"close of {connection.device.name} by {self._guest}",
             ended=ended,
         )
 
@@ -468,6 +506,14 @@ class BusClient:
         assert self.alive or not (self.connections or self._closing or self.signals)
 
 
+def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) -> int:
+    """Give the result, and the guest its data."""
+    result, out = _split(answer, device)
+    if out:
+        reply(out)
+    return result
+
+
 def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
     """Tell result and data apart; anything else is a bug of the device."""
     result, out = 0, b""
@@ -477,7 +523,7 @@ def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
         result = answer
     elif answer is not None:
         out = answer
-    if not isinstance(result, int) or not isinstance(out, bytes | bytearray):
+    if not isinstance(result, int) or not isinstance(out, (bytes, bytearray)):
         raise TypeError(f"{device.name} answers {answer!r}")
     if not -(1 << 31) <= result < 1 << 31:
         raise OverflowError(f"{device.name} answers {result}, not a 32-bit result")

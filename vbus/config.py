@@ -97,6 +97,11 @@ class GuestConfig(
     """The deadline of each call of a device."""
 
 
+Isolation = Literal["auto", "required", "off"]
+"""As far as the kernel can; not without; not at all."""
+AbsolutePath = Annotated[str, Meta(pattern="^/")]
+
+
 class BackendConfig(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 ):
@@ -112,6 +117,9 @@ class BackendConfig(
     """How long it may owe an answer that no device takes part in; then it is killed."""
     restart_limit: Annotated[int, Meta(ge=0)] = 10
     """Ends in a row after which it is given up."""
+    isolation: Isolation = "auto"
+    paths: tuple[AbsolutePath, ...] = ()
+    """Files and folders it may open, beside those its devices are known to need."""
 
 
 class Config(msgspec.Struct, frozen=True):

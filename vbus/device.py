@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from vbus.attributes import Attribute, attribute, attributes_of
 from vbus.connection import Connection, Ended, SharedMemory
 from vbus.errors import BusyError, InvalidError, PermissionDeniedError
+from vbus.isolation.reach import Reach
 from vbus.meter import Meter
 from vbus.pci.function import PciFunction
 
@@ -123,6 +124,16 @@ class Device:
 
     def attribute_changed(self, name: str) -> None:
         """React to a new value of a writable attribute; VbusError: keep the old."""
+
+    @classmethod
+    def reach(cls, values: Mapping[str, Any]) -> Reach:
+        """Say which files a device opens by itself, for a backend that is isolated.
+
+        `values` are its attributes as far as they are known; none at all stands for
+        a device that comes later. Called before the process gives up all else: what
+        `setup` would have to make must be made here.
+        """
+        return Reach()
 
     def statistics(self) -> object:
         """Give a frozen dataclass of counters, or a dict."""
@@ -253,6 +264,7 @@ __all__ = [
     "Device",
     "Ended",
     "Host",
+    "Reach",
     "SharedMemory",
     "attribute",
     "call",

@@ -57,10 +57,10 @@ class Meter:
         self._ns = 0
         self._buckets = [0] * BUCKETS
 
-    def called(self, nanoseconds: int, *, refused: bool) -> None:
+    def called(self, nanoseconds: int, refused: bool) -> None:
         """Count a call that ended after so long."""
         bucket = (nanoseconds // _NS_PER_US).bit_length()
-        self._buckets[min(bucket, BUCKETS - 1)] += 1
+        self._buckets[bucket if bucket < BUCKETS else -1] += 1
         self._ns += nanoseconds
         self.refusals += refused
 

@@ -8,16 +8,18 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import click
 import trio
 
+from backends.process.confine import Confinement
 from backends.process.host import BackendHost
 from vbus.backend import wire
 from vbus.backend.manager import FD_VARIABLE
 from vbus.bus import BusModel, check_name, installed_classes
 from vbus.cli.asking import settings
-from vbus.config import runtime_dir
+from vbus.config import Isolation, runtime_dir
 from vbus.device import Device
 from vbus.errors import InvalidError, NotFoundError, UnreachableError
 from vbus.vfio_user.transport import FdSocket
@@ -35,12 +37,26 @@ from vbus.vfio_user.transport import FdSocket
     metavar="KEY=VALUE",
     help="An attribute of that device.",
 )
+@click.option(
+    "--isolation",
+    type=click.Choice(get_args(Isolation)),
+    help="Give up all but its own files; by default as the daemon says: auto.",
+)
+@click.option(
+    "--path",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, resolve_path=True),
+    help="A file or folder to open nevertheless.",
+)
 def run(
     classes: tuple[str, ...],
     name: str | None,
     device: str | None,
     buses: tuple[str, ...],
     attributes: tuple[str, ...],
+    isolation: str | None,
+    paths: tuple[Path, ...],
 ) -> None:
     """Run device classes in this process, for the daemon.
 
@@ -53,7 +69,11 @@ def run(
     first = next(iter(found))
     brought = _brought(device, first, buses, attributes)
     host = BackendHost(
-        name or first, BusModel(found), FdSocket(_connect(), wire.MAX_FDS), brought
+        name or first,
+        BusModel(found),
+        FdSocket(_connect(), wire.MAX_FDS),
+        brought,
+        Confinement(isolation, paths),
     )
     trio.run(_run, host)
 

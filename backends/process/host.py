@@ -13,6 +13,7 @@ import msgspec
 import outcome
 import trio
 
+from backends.process.confine import Confinement
 from backends.process.guest import GuestSide
 from shm import Doorbell
 from vbus.asking import Result, Waiting
@@ -45,8 +46,10 @@ class BackendHost:
         name: str,
         model: BusModel,
         sock: FdSocket,
-        devices: Sequence[wire.DeviceInfo] = (),
+        devices: Sequence[wire.DeviceInfo],
+        confinement: Confinement,
     ) -> None:
+        self._confinement = confinement
         self._name = name
         self._model = model
         self._socket = sock
@@ -139,6 +142,7 @@ class BackendHost:
         elif isinstance(message, wire.Refused):
             raise ProtocolError(f"the daemon refuses: {message.message}")
         else:
+            self._confinement.enter(message, self._model)
             log.info("backend %s is up", message.name)
 
     def _answer(self, request: wire.Request, fds: list[int]) -> None:
@@ -180,6 +184,8 @@ class BackendHost:
     # Devices
 
     def _create(self, said: wire.Create, _fds: list[int]) -> wire.Reply:
+        cls = self._model.device_class(said.class_name)
+        self._confinement.check(cls, said.attributes)
         device = self._model.add_device(said.device, said.class_name, said.attributes)
         if device.overrides("serve"):
             scope = self._serving[device.name] = trio.CancelScope()

@@ -4,7 +4,9 @@ Both own a TAP in the network namespace of this process, made when the device is
 and gone with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -13,7 +15,7 @@ from backends.venet.flag import Flag
 from backends.venet.port import find_switch
 from backends.venet.session import SPIN_US, parse_spin, spin
 from backends.venet.switch import Port, Switch
-from vbus.device import Device, Host, attribute
+from vbus.device import Device, Host, Reach, attribute
 from vbus.errors import NoDeviceError
 from vbus.net import (
     Direction,
@@ -22,6 +24,7 @@ from vbus.net import (
     MacAddress,
     Tap,
     TapStatistics,
+    interface,
 )
 from vbus.net.interface import check_name, parse_address
 
@@ -55,6 +58,11 @@ def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
             raise NoDeviceError(message) from None
         raise
     return tap
+
+
+def _reach_of_taps() -> Reach:
+    interface.keep_socket()
+    return Reach(write=(Path("/dev/net/tun"),))
 
 
 async def _pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
@@ -109,6 +117,10 @@ class SwitchTap(Device):
         self.frames = FrameWatchers()
         self._port: _TapPort | None = None
         self._switch: Switch | None = None
+
+    @classmethod
+    def reach(cls, values: Mapping[str, Any]) -> Reach:
+        return _reach_of_taps()
 
     def setup(self) -> None:
         switch = find_switch(self, self.switch)
@@ -165,6 +177,10 @@ class VenetTap(VenetBase):
         self.ifname = DISABLED
         self._tap: Tap | None = None
         self._there = Flag()
+
+    @classmethod
+    def reach(cls, values: Mapping[str, Any]) -> Reach:
+        return _reach_of_taps()
 
     def setup(self) -> None:
         if self.enabled:

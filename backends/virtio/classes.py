@@ -4,11 +4,12 @@ Each makes its model in `setup` and runs it in `serve`. A guest reaches it over 
 (`adapter`) or as a PCI function of its own, one of them at a time.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from backends.venet.base import parse_mac, parse_mtu
 from backends.venet.port import find_switch
@@ -21,7 +22,7 @@ from backends.virtio.image import DiskImage
 from backends.virtio.net import MAX_PAIRS, NetStatistics, VirtioNet
 from backends.virtio.netport import SwitchPort
 from backends.virtio.rng import RngStatistics, VirtioRng
-from vbus.device import Host, attribute
+from vbus.device import Host, Reach, attribute
 from vbus.errors import InvalidError
 from vbus.net import MacAddress
 from vbus.virtio.blk import SECTOR
@@ -30,6 +31,7 @@ _Words: TypeAlias = tuple[str, ...]
 _UNITS: Final = {"K": 10, "M": 20, "G": 30, "T": 40}
 _SERIAL_LIMIT: Final = 20
 _MAX_QUEUES: Final = 64
+_TERMINALS: Final = (Path("/dev/ptmx"), Path("/dev/pts"))
 _ONE_PTY: Final[_Words] = ("pty",)
 _UNNAMED: Final[_Words] = ()
 
@@ -141,6 +143,18 @@ class VirtioBlkDevice(VirtioOnBus):
 
     model: VirtioBlk
 
+    @classmethod
+    def reach(cls, values: Mapping[str, Any]) -> Reach:
+        if "path" not in values:
+            return Reach()
+        path = Path(values["path"])
+        if values["readonly"]:
+            return Reach(read=(path,))
+        if values["size"]:
+            with contextlib.suppress(InvalidError):  # the device itself will say so
+                _make_image(path, values["size"])
+        return Reach(write=(path,))
+
     def setup(self) -> None:
         path = Path(self.path)
         if self.size and not self.readonly:
@@ -249,6 +263,17 @@ class VirtioConsoleDevice(VirtioOnBus):
     )
 
     model: VirtioConsole
+
+    @classmethod
+    def reach(cls, values: Mapping[str, Any]) -> Reach:
+        kinds = [place.partition(":") for place in values.get("to", ())]
+        logs = [Path(path) for kind, _, path in kinds if kind == "log"]
+        for path in logs:
+            with contextlib.suppress(InvalidError):
+                LogFile(path).close()
+        sockets = tuple(Path(path).parent for kind, _, path in kinds if kind == "unix")
+        return Reach(write=(*_TERMINALS, *logs), listen=sockets, listens=True)
+
     places: _Words = ()
     """Where each port is, now that pseudo-terminals have names."""
 

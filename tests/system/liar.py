@@ -20,7 +20,9 @@ from vbus.backend import wire
 CLASS = wire.ClassInfo("liar", "org.vbus.test.liar")
 
 
-def hello(*classes: wire.ClassInfo, name: str = "liar", version: int = 1) -> bytes:
+def hello(
+    *classes: wire.ClassInfo, name: str = "liar", version: int = wire.VERSION
+) -> bytes:
     return wire.encode(wire.Hello(version, name, classes or (CLASS,)))
 
 
@@ -54,8 +56,8 @@ BEFORE = {
     "no-msgpack": raw(b"\xc1\xc1\xc1"),
     "deep": raw(b"\x91" * 100_000 + b"\x01"),
     "unknown-type": packed(type="mystery"),
-    "unknown-field": packed(type="hello", version=1, name="liar", more=1),
-    "of-the-daemon": wire.encode(wire.Welcome(1, "liar")),
+    "unknown-field": packed(type="hello", version=wire.VERSION, name="liar", more=1),
+    "of-the-daemon": wire.encode(wire.Welcome(wire.VERSION, "liar")),
 }
 AFTER = {
     "second-hello": hello(),

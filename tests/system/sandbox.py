@@ -117,7 +117,7 @@ def enter(box: Sandbox) -> None:
     make = policy.NUMBERS["socket"][machine.column]
     assert make is not None
     families = bpf.OneOf(0, tuple(box.families))
-    rules = [bpf.Rule(make, errno.EAFNOSUPPORT, unless=families)]
+    rules = [bpf.Rule(make, errno.EAFNOSUPPORT, unless=(families,))]
     rules += [
         bpf.Rule(number, errno.EPERM)
         for number in range(600)

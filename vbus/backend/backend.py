@@ -84,13 +84,21 @@ class Backend:
         self.classes = classes
         self.link = link
         self.starts += 1
-        link.welcome(self.name)
         self._take_along(hello.devices)
+        link.welcome(self._welcome())
         for device in tuple(self.wanted.values()):
             await self._make_or_say(device)
         self.state = State.UP
         self.up.set()
         self._tell({"event": "backend-up", "backend": self.name})
+
+    def _welcome(self) -> wire.Welcome:
+        devices = tuple(
+            wire.DeviceInfo(one.name, one.class_name, one.buses, dict(one.attributes))
+            for one in self.wanted.values()
+        )
+        isolation, paths = self.config.isolation, self.config.paths
+        return wire.Welcome(wire.VERSION, self.name, isolation, paths, devices)
 
     def _take_along(self, devices: Sequence[wire.DeviceInfo]) -> None:
         for one in devices:

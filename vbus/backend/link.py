@@ -211,10 +211,10 @@ class BackendLink:
             self._socket.send(wire.encode(wire.Refused(str(error))))
             raise ProtocolError(str(error)) from error
 
-    def welcome(self, name: str) -> None:
+    def welcome(self, welcome: wire.Welcome) -> None:
         """Tell it that it may stay, and what it is called here."""
-        self.name = name
-        self._socket.send(wire.encode(wire.Welcome(wire.VERSION, name)))
+        self.name = welcome.name
+        self._socket.send(wire.encode(welcome))
 
     def _answered(self, event: Answered) -> None:
         _, done = self._waiting.pop(event.request.id)

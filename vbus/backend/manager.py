@@ -17,6 +17,7 @@ from pathlib import Path
 
 import trio
 
+from vbus import isolation
 from vbus.backend import wire
 from vbus.backend.backend import Backend, State, Tell
 from vbus.backend.backoff import Backoff
@@ -226,6 +227,9 @@ class Backends:
     def _spawn(
         self, config: BackendConfig, theirs: socket.socket
     ) -> "subprocess.Popen[bytes]":
+        missing = isolation.missing()
+        if config.isolation == "required" and missing:  # say it where it is seen
+            raise OSError(f"isolation is required, but {missing}")
         command = config.command or (
             *(sys.executable, "-m", "vbus", "backend", "run"),
             *("--name", config.name, *config.classes),

@@ -22,9 +22,10 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 from msgspec import Meta
 
+from vbus.config import Isolation
 from vbus.errors import InvalidError, ProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 DATA_LIMIT: Final = 1 << 20
 FRAME_LIMIT: Final = DATA_LIMIT + 4096
 MAX_FDS: Final = 64
@@ -125,10 +126,17 @@ class DeviceFailed(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The answer to `Hello`: go on, under this name."""
+    """The answer to `Hello`: go on, under this name and isolated as it is said here.
+
+    `devices` will be asked for by `Create`, for all that is known now; `paths` may be
+    opened beside what those need.
+    """
 
     version: int
     name: str
+    isolation: Isolation = "auto"
+    paths: tuple[str, ...] = ()
+    devices: tuple[DeviceInfo, ...] = ()
 
 
 class Refused(Message, frozen=True):

@@ -8,7 +8,8 @@ after which the process, for the rest of its life,
 - gains no privileges by running programs (no_new_privs), and runs none at all;
 - opens no files but those below its paths, and the code it imports (Landlock);
 - sees no other process: no ptrace, no memory of others, no signals (seccomp, Landlock);
-- makes no new sockets, unless `sockets`; none by TCP either way (seccomp, Landlock).
+- makes no new sockets, unless `sockets`; none by TCP either way (seccomp, Landlock);
+  with `listen` those of unix that others connect to.
 
 Whatever it has open keeps working: descriptors that come over a unix socket later, such
 as guests' memory and eventfds, are as good as those opened before. So are threads,
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from vbus.errors import InvalidError, VbusError
 from vbus.isolation import kernel, landlock, policy, seccomp
+from vbus.isolation.reach import Reach
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +57,14 @@ def isolate(
     *,
     required: bool = False,
     sockets: bool = False,
+    listen: Iterable[Path] | None = None,
 ) -> Isolation:
     """Give up all but the files in `read` and `write`; it cannot be taken back.
 
     The paths are files, or folders for all that lies in them; `write` includes
-    reading. Call it once, before the first thread: each part binds the thread that
-    asks for it and those started later.
+    reading. With `listen`, which may be empty, unix sockets may be made that others
+    connect to: in these folders, and in those of `write`. Call it once, before the
+    first thread: each part binds the thread that asks for it and those started later.
 
     What this kernel lacks is left out with one line in the log, or, if `required`,
     refused with IsolationError before anything was given up. Raises InvalidError if
@@ -71,34 +75,37 @@ def isolate(
         raise InvalidError(f"isolation must come before threads; there are {threads}")
     version, machine = landlock.abi(), policy.this_machine()
     filtered = machine is not None and seccomp.available()
-    if missing := _missing(version, filtered):
+    if found := missing():
         if required:
-            raise IsolationError(f"isolation is required, but {missing}")
-        logger.warning("isolated only in part: %s", missing)
+            raise IsolationError(f"isolation is required, but {found}")
+        logger.warning("isolated only in part: %s", found)
     with ExitStack() as stack:
         if version:
             rules = stack.enter_context(landlock.Ruleset(version, sockets=sockets))
             rules.allow(code_paths(), landlock.READ)
             rules.allow(read, landlock.READ)
             rules.allow(write, landlock.WRITE)
+            rules.allow(listen or (), landlock.LISTEN)
         # From here on nothing can be refused any more.
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         if version:
             rules.restrict_self()
     if filtered and machine is not None:
-        seccomp.install(policy.program(machine, os.getpid(), sockets=sockets))
+        listens = listen is not None
+        filter = policy.program(machine, os.getpid(), sockets=sockets, listen=listens)
+        seccomp.install(filter)
     return Isolation(True, version, filtered)
 
 
-def _missing(version: int, filtered: bool) -> str:
-    """Say what this machine lacks, and what can be done about it."""
+def missing() -> str:
+    """Say what this machine lacks, and what can be done about it; "" for nothing."""
     found = []
-    if not version:
+    if not landlock.abi():
         found.append("Landlock is not there (a kernel of 5.13 or newer, lsm=landlock)")
-    if not filtered and policy.this_machine() is None:
+    if policy.this_machine() is None:
         known = " and ".join(policy.MACHINES)
         found.append(f"seccomp filters are written for {known} only")
-    elif not filtered:
+    elif not seccomp.available():
         found.append("seccomp filters are not there (CONFIG_SECCOMP_FILTER)")
     return ", and ".join(found)
 
@@ -114,4 +121,4 @@ def code_paths() -> list[Path]:
     return sorted({path.resolve() for path in paths if path.exists()})
 
 
-__all__ = ["Isolation", "IsolationError", "code_paths", "isolate"]
+__all__ = ["Isolation", "IsolationError", "Reach", "code_paths", "isolate", "missing"]

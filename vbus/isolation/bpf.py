@@ -64,14 +64,14 @@ Condition = OneOf | Bits | Null
 
 
 class Rule(NamedTuple):
-    """Deny system call `number` with `errno`, but not `unless` the condition holds.
+    """Deny system call `number` with `errno`, but not `unless` all conditions hold.
 
-    With `only_if` it is denied where the condition holds, and only there.
+    With `only_if` it is denied where that condition holds, and only there.
     """
 
     number: int
     errno: int
-    unless: Condition | None = None
+    unless: tuple[Condition, ...] = ()
     only_if: Condition | None = None
 
 
@@ -110,8 +110,9 @@ def _block(rule: Rule) -> list[Instruction]:
     """What is done once it is that system call; ends in a return on every way."""
     deny = Instruction(RETURN, ERRNO | rule.errno)
     allow = Instruction(RETURN, ALLOW)
-    if rule.unless is not None:
-        return [*_test(rule.unless), deny, allow]
+    if rule.unless:
+        tests = [one for each in rule.unless for one in (*_test(each), deny)]
+        return [*tests, allow]
     if rule.only_if is not None:
         return [*_test(rule.only_if), allow, deny]
     return [deny]

@@ -29,7 +29,8 @@ _FILES: Final = {1: (1 << 13) - 1, 2: REFER, 3: TRUNCATE, 5: IOCTL_DEV}
 _TCP: Final = {4: 0b11}  # bind, connect
 _SCOPES: Final = {6: 0b11}  # abstract unix sockets, signals
 
-READ: Final = READ_FILE | READ_DIR
+READ: Final = READ_FILE | READ_DIR | IOCTL_DEV
+"""The size of a block device is told by an ioctl."""
 WRITE: Final = (
     READ
     | WRITE_FILE
@@ -41,9 +42,10 @@ WRITE: Final = (
     | MAKE_FIFO
     | TRUNCATE
     | REFER
-    | IOCTL_DEV
 )
 """No programs are run, no device nodes and no symbolic links are made."""
+LISTEN: Final = MAKE_SOCK | REMOVE_FILE
+"""In the folder of a unix socket."""
 _OF_A_FILE: Final = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
 
 

@@ -16,12 +16,13 @@ import platform
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from vbus.isolation.bpf import Bits, Null, OneOf, Rule, assemble
+from vbus.isolation.bpf import Bits, Condition, Null, OneOf, Rule, assemble
 
 CLONE_THREAD: Final = 0x00010000
 SOCK_TYPE_MASK: Final = 0xF
 SOCK_STREAM: Final = 1
 SOCK_SEQPACKET: Final = 5
+AF_UNIX: Final = 1
 TIOCSTI: Final = 0x5412
 TIOCLINUX: Final = 0x541C
 
@@ -126,40 +127,46 @@ CONDITIONAL: Final = frozenset(
 """Those that are not denied, or not always."""
 
 
-def rules(machine: Machine, pid: int, *, sockets: bool) -> Iterator[Rule]:
-    """Give the rules for process `pid`; with `sockets` it may make new ones."""
+def rules(machine: Machine, pid: int, *, sockets: bool, listen: bool) -> Iterator[Rule]:
+    """Give the rules for process `pid`.
 
-    def rule(name: str, **conditions: Bits | Null | OneOf) -> Rule:
+    With `sockets` it may make new ones; with `listen` unix ones that others connect to.
+    """
+
+    def rule(name: str, *unless: Condition, only_if: Condition | None = None) -> Rule:
         number = NUMBERS[name][machine.column]
         assert number is not None
-        return Rule(number, errno.EPERM, **conditions)
+        return Rule(number, errno.EPERM, unless, only_if)
 
     for name, numbers in NUMBERS.items():
         if name not in (*CONDITIONAL, *SOCKETS) and numbers[machine.column] is not None:
             yield rule(name)
     # Threads, but no processes. The flags of clone3 are out of a filter's sight; with
     # ENOSYS the C library uses clone.
-    yield rule("clone", unless=Bits(0, CLONE_THREAD))
+    yield rule("clone", Bits(0, CLONE_THREAD))
     yield rule("clone3")._replace(errno=errno.ENOSYS)
     # Signals and limits are its own affair: abort(), raise().
-    yield rule("kill", unless=OneOf(0, (pid,)))
-    yield rule("tgkill", unless=OneOf(0, (pid,)))
-    yield rule("prlimit64", unless=OneOf(0, (0, pid)))
+    yield rule("kill", OneOf(0, (pid,)))
+    yield rule("tgkill", OneOf(0, (pid,)))
+    yield rule("prlimit64", OneOf(0, (0, pid)))
     # No typing on somebody's terminal.
     yield rule("ioctl", only_if=OneOf(1, (TIOCSTI, TIOCLINUX)))
     if not sockets:
         # A pair of datagram sockets could be turned to any address.
         streams = OneOf(1, (SOCK_STREAM, SOCK_SEQPACKET), mask=SOCK_TYPE_MASK)
-        yield rule("socketpair", unless=streams)
-        yield rule("sendto", unless=Null(4))
-        for name in SOCKETS:
-            yield rule(name)
+        yield rule("socketpair", streams)
+        yield rule("sendto", Null(4))
+        yield rule("connect")
+        # Streams send to nobody that they are not connected to.
+        yield rule("socket", *((OneOf(0, (AF_UNIX,)), streams) if listen else ()))
 
 
-def program(machine: Machine, pid: int, *, sockets: bool) -> bytes:
+def program(
+    machine: Machine, pid: int, *, sockets: bool = False, listen: bool = False
+) -> bytes:
     """Give the filter of a process as BPF."""
     x32 = errno.ENOSYS if machine.has_x32 else 0
-    found = rules(machine, pid, sockets=sockets)
+    found = rules(machine, pid, sockets=sockets, listen=listen)
     return assemble(machine.arch, found, x32_errno=x32)
 
 

@@ -3,6 +3,7 @@
 Only what a TAP of ours needs: address, MTU, state. Errors are the kernel's OSError.
 """
 
+import contextlib
 import fcntl
 import ipaddress
 import socket
@@ -44,10 +45,32 @@ def parse_address(text: str) -> ipaddress.IPv4Interface:
         ) from None
 
 
+_kept: list[socket.socket] = []
+
+
+def keep_socket() -> None:
+    """Keep a socket to ask the kernel by, for when none can be made any more.
+
+    It cannot send. Raises OSError.
+    """
+    if not _kept:
+        sock = _socket()
+        # Linux shuts it down even where it says that there is no connection.
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        _kept.append(sock)
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+
 def _ioctl(request: int, name: str, payload: bytes = b"") -> bytes:
     packet = name.encode().ljust(_NAME_SIZE, b"\0") + payload
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-        return fcntl.ioctl(s, request, packet.ljust(_IFREQ_SIZE, b"\0"))[_NAME_SIZE:]
+    with contextlib.ExitStack() as stack:
+        sock = _kept[0] if _kept else stack.enter_context(_socket())
+        answer = fcntl.ioctl(sock, request, packet.ljust(_IFREQ_SIZE, b"\0"))
+    return answer[_NAME_SIZE:]
 
 
 def get_mac(name: str) -> MacAddress:

@@ -45,12 +45,21 @@ def test_bits_are_looked_for_in_the_low_half(
         (OneOf(argument, (bits, 7)), word & 0xFFFFFFFF in (bits, 7)),
         (OneOf(argument, (3, 5), mask=15), word & 15 in (3, 5)),
     ):
-        unless = bpf.assemble(ARCH, [Rule(9, 1, unless=condition), Rule(10, 2)])
+        unless = bpf.assemble(ARCH, [Rule(9, 1, unless=(condition,)), Rule(10, 2)])
         only_if = bpf.assemble(ARCH, [Rule(9, 1, only_if=condition), Rule(10, 2)])
         asked = data(9, ARCH, *arguments)
         assert decide(unless, asked) == (ALLOW if holds else denied(1))
         assert decide(only_if, asked) == (denied(1) if holds else ALLOW)
         assert decide(unless, data(10, ARCH)) == denied(2)
+
+
+@given(st.lists(st.integers(0, 2), min_size=3, max_size=3))
+def test_a_call_is_let_through_only_if_all_conditions_hold(words: list[int]) -> None:
+    unless = (OneOf(0, (1,)), Bits(1, 2), OneOf(2, (0, 2)))
+    holds = words[0] == 1 and words[1] == 2 and words[2] != 1
+    program = bpf.assemble(ARCH, [Rule(9, 1, unless=unless), Rule(10, 2)])
+    assert decide(program, data(9, ARCH, *words)) == (ALLOW if holds else denied(1))
+    assert decide(program, data(10, ARCH, *words)) == denied(2)
 
 
 @given(st.integers(0, (1 << 32) - 1), st.integers(-(1 << 31), (1 << 31) - 1))
@@ -117,6 +126,23 @@ def test_sockets_can_be_left_open() -> None:
         number = policy.NUMBERS[call][0]
         assert number is not None
         assert decide(program, data(number, machine.arch, 1, 2, 3, 4, 5)) == ALLOW
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_who_listens_makes_unix_streams_and_nothing_else(name: str) -> None:
+    """R51: a datagram socket would send anywhere, a stream only where it connects."""
+    machine = policy.MACHINES[name]
+    program = policy.program(machine, PID, listen=True)
+
+    def decided(call: str, *arguments: int) -> int:
+        number = policy.NUMBERS[call][machine.column]
+        assert number is not None
+        return decide(program, data(number, machine.arch, *arguments))
+
+    assert decided("socket", 1, 1 | 0x80000) == decided("socket", 1, 5) == ALLOW
+    for family, kind in ((1, 2), (2, 1), (16, 3), (17, 3)):
+        assert decided("socket", family, kind) == denied(errno.EPERM)
+    assert decided("connect") == denied(errno.EPERM)
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -31,6 +31,7 @@ from vbus.isolation import (
     policy,
     seccomp,
 )
+from vbus.net import interface
 
 SYSTEM_CALLS = {name: numbers[0] for name, numbers in policy.NUMBERS.items()}
 pytestmark = [
@@ -301,6 +302,73 @@ def test_with_sockets_only_abstract_names_of_others_are_closed(
         }
         found = tried(steps, sockets=True)
     assert found == {"path": "ok", "abstract": "EPERM"}
+
+
+def test_sockets_to_listen_at_are_made_in_their_folder_only(tmp_path: Path) -> None:
+    """R60: a console's port; who makes it cannot connect with it."""
+    for name in ("own", "given", "other"):
+        (tmp_path / name).mkdir()
+
+    def listen(folder: str) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(tmp_path / folder / "port"))
+            sock.listen()
+
+    def connect() -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(tmp_path / "own" / "port"))
+
+    steps: Steps = {
+        "own": lambda: listen("own"),
+        "given": lambda: listen("given"),
+        "other": lambda: listen("other"),
+        "connect": connect,
+        "datagrams": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+        "file": (tmp_path / "own" / "file").touch,
+        "remove": (tmp_path / "own" / "port").unlink,
+    }
+    found = tried(steps, write=[tmp_path / "given"], listen=[tmp_path / "own"])
+    assert found == {
+        "own": "ok",
+        "given": "ok",
+        "other": "EACCES",
+        "connect": "EPERM",
+        "datagrams": "EPERM",
+        "file": "EACCES",
+        "remove": "ok",
+    }
+
+
+@pytest.mark.net
+@isolated
+def test_a_socket_kept_for_interfaces_asks_and_sends_nothing() -> None:
+    """R51: it is of a family that could send, to whom it likes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
+        sink.bind(("127.0.0.1", 0))
+        address = sink.getsockname()
+
+        def send(sock: socket.socket) -> object:
+            return sock.sendmsg([b"x"], [], 0, address)
+
+        def work() -> dict[str, str]:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+                free = outcome(lambda: send(plain))
+            interface.keep_socket()
+            isolate()
+            (kept,) = interface._kept
+            return {
+                "free": free,
+                "kept": outcome(lambda: send(kept)),
+                "mtu": outcome(lambda: interface.set_mtu("lo", 1400)),
+                "down": outcome(lambda: interface.set_up("lo", False)),
+            }
+
+        assert in_child(work) == {
+            "free": "ok",
+            "kept": "EPIPE",
+            "mtu": "ok",
+            "down": "ok",
+        }
 
 
 # What a backend needs goes on
