@@ -92,6 +92,18 @@ class Manager:
             alive = self.process.poll() is None
             assert alive or text in "".join(self.messages), self.log.read_text()
 
+    def wait_for_state(self, text: str) -> None:
+        """Take messages until the stored state mentions `text`."""
+        end = time.monotonic() + WITHIN_S
+        while not any(text.encode() in state for state in self.states):
+            assert time.monotonic() < end, (text, self.messages)
+            self.take()
+
+    @property
+    def states(self) -> list[bytes]:
+        """What is stored of the daemon's state."""
+        return [os.pread(fd, 1 << 20, 0) for name, fd in self.store if "state" in name]
+
     def take(self) -> bool:
         """Take one message, if there is one within a moment."""
         size = socket.CMSG_SPACE(_MOST_FDS * 4)
@@ -113,6 +125,11 @@ class Manager:
                 self.store.remove(entry)
                 os.close(entry[1])
         return True
+
+    @property
+    def stored_sockets(self) -> list[str]:
+        """Names of what is stored, without that of the state."""
+        return sorted(name for name, _ in self.store if "state" not in name)
 
     def run(self) -> None:
         """Start, and wait until it is ready."""
