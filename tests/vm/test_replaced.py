@@ -1,4 +1,4 @@
-"""A daemon that replaces itself under a virtual machine, whose QEMU cannot reconnect."""
+"""A daemon that replaces itself under a machine, whose QEMU cannot reconnect."""
 
 import json
 import signal
@@ -59,9 +59,14 @@ async def replaced(served: Served, times: int) -> float:
     began = time.monotonic()
     served.process.send_signal(signal.SIGUSR2)
     with trio.fail_after(WITHIN_S):
-        while served.log.read_bytes().count(b"ready in") < times + 1:
-            await trio.sleep(0.01)
+        await trio.to_thread.run_sync(wait_until_ready, served, times + 1)
     return time.monotonic() - began
+
+
+def wait_until_ready(served: Served, times: int) -> None:
+    while served.log.read_bytes().count(b"ready in") < times:
+        assert served.process.poll() is None, served.log.read_text()
+        time.sleep(0.01)
 
 
 async def test_calls_go_on_over_the_connection_of_before(
@@ -83,7 +88,7 @@ async def test_calls_go_on_over_the_connection_of_before(
             for number in range(REPLACEMENTS):
                 took.append(await replaced(served, number + 1))
                 (guest,) = served.ask("guest", "show", "vm1")
-                assert [one["device"] for one in guest["connections"]] == ["echo0"]
+                assert guest["connections"] == ["echo0"]
         print(
             f"signal to ready: {stats.median(took):.2f} s;"
             f" longest call {max(calls[0]):.2f} s, before {max(before):.3f} s"
@@ -104,21 +109,23 @@ async def served_until_open(served: Served) -> None:
 
 @isolated
 async def test_an_interface_goes_on_unaware(daemon: Daemon, boot: Boot) -> None:
-    """R60: TCP through venet while the daemon is replaced; the guest is told nothing."""
+    """R60: TCP through venet meanwhile, and the guest is told nothing."""
     with daemon(CONFIG + UPLINK) as served:
         await interface_through_replacements(served, boot)
 
 
 async def interface_through_replacements(served: Served, boot: Boot) -> None:
-    async with boot(served.socket("vm1"), iommu=None) as vm:
-        async with running(vm, "--address", f"lan0-vm1={GUEST}/24") as process:
-            await told(process, name="lan0-vm1", state="running")
-            for number in range(REPLACEMENTS):
-                took = await transfer_meanwhile(vm, served, number)
-                print(f"signal to ready {took:.2f} s")
-            ping = (await vm.run("ping", "-c", "3", "-i", "0.2", HOST)).stdout
-            assert " 0% packet loss" in ping
-            assert await events_until_statistics(process) == []
+    async with (
+        boot(served.socket("vm1"), iommu=None) as vm,
+        running(vm, "--address", f"lan0-vm1={GUEST}/24") as process,
+    ):
+        await told(process, name="lan0-vm1", state="running")
+        for number in range(REPLACEMENTS):
+            took = await transfer_meanwhile(vm, served, number)
+            print(f"signal to ready {took:.2f} s")
+        ping = (await vm.run("ping", "-c", "3", "-i", "0.2", HOST)).stdout
+        assert " 0% packet loss" in ping
+        assert await events_until_statistics(process) == []
 
 
 async def transfer_meanwhile(vm: VirtualMachine, served: Served, number: int) -> float:
