@@ -34,7 +34,7 @@ from vbus.client import (
 )
 from vbus.connection import Connection, Ended, State
 from vbus.effects import BridgeEffects
-from vbus.errors import NotFoundError, VbusError
+from vbus.errors import InvalidError, NotFoundError, VbusError
 from vbus.eventring import EventRing
 from vbus.events import Event, EventQueues, EventStatistics
 from vbus.hypercall import Hypercalls
@@ -278,6 +278,8 @@ class Bridge(ConfiguredFunction):
             self.msix.resume(saved.msix)
         self._shadow[:] = saved.calls[: len(self._shadow)].ljust(len(self._shadow))
         if saved.session is not None:
+            if not self.bus_master:
+                raise InvalidError("a session without bus mastering")
             self._session = self._new_session(saved.session.capabilities)
             self._resume(self._session, saved.session, held)
 

@@ -512,6 +512,7 @@ class BusClient:
         connection.state = State.OPEN
         device.connections.add(connection)
         self.connections[saved.handle] = connection
+        self._effects.connection_opened(connection)
         for shm in saved.shm:
             self._resume_shm(connection, shm, held)
         try:
@@ -520,14 +521,14 @@ class BusClient:
             log.warning("%r cannot go on: %s", connection, error)
             self._counters.failures += 1
             self.end(connection, Ended.FAILED)
-        else:
-            self._effects.connection_opened(connection)
 
     def _resume_shm(self, connection: Connection, saved: SavedShm, held: Held) -> None:
         known = saved.handle in self.signals or saved.id in connection.shm
         with_signal = saved.signal_offset is not None
         if known or with_signal != (saved.handle is not None):
             raise InvalidError(f"{connection}: memory {saved.id} a second time")
+        if saved.handle is not None and saved.handle >= self._next_signal:
+            raise InvalidError(f"{connection}: signal {saved.handle} is not given yet")
         self._check_limits(with_signal)
         event = Event(EventId.SHMSIGNAL, saved.cookie, priority=saved.prio)
         doorbell = None
