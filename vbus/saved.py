@@ -154,8 +154,8 @@ class Running(Struct, frozen=True):
     lock: Fd
     buses: dict[str, SavedBus]
     guests: dict[str, SavedClient]
-    stored: str = ""
-    """By what name the service manager has an older state."""
+    stored: tuple[str, ...] = ()
+    """By what names the service manager has older states."""
 
 
 class State(Struct, frozen=True):

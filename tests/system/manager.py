@@ -121,10 +121,22 @@ class Manager:
         if "FDSTORE" in fields:
             self.store += [(name, fd) for fd in fds]
         elif "FDSTOREREMOVE" in fields:
-            for entry in [one for one in self.store if one[0] == name]:
-                self.store.remove(entry)
-                os.close(entry[1])
+            self.forget(name)
         return True
+
+    def forget(self, name: str) -> None:
+        """Close what is stored by that name."""
+        for entry in [one for one in self.store if one[0] == name]:
+            self.store.remove(entry)
+            os.close(entry[1])
+
+    def memfd(self, data: bytes) -> int:
+        """Make a memory file that nobody can change."""
+        fd = os.memfd_create("made", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(fd, data)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        return fd
 
     @property
     def stored_sockets(self) -> list[str]:

@@ -62,20 +62,18 @@ def serve(
         context.exit(_explain(cause))
 
 
-def _at_home(path: Path | None) -> tuple[Daemon, Notifier, str]:
+def _at_home(path: Path | None) -> tuple[Daemon, Notifier, tuple[str, ...]]:
     """Make the daemon with what the service manager gave, or one before us."""
-    legacy, inherited = receive(take(os.environ))
-    if legacy is None:
+    legacy = receive(take(os.environ))
+    config = legacy.config
+    if config is None:
         config = Config() if path is None else load(path)
-    else:
-        config = legacy.config
     where = runtime_dir(config.daemon.runtime_dir)
     notifier = Notifier.from_environment(os.environ)
     keeper = notifier if notifier.connected else None
-    listeners = Listeners(where, inherited, keeper)
-    predecessor = None if legacy is None else legacy.predecessor
-    daemon = Daemon(config, where, listeners=listeners, predecessor=predecessor)
-    return daemon, notifier, "" if legacy is None else legacy.stored
+    listeners = Listeners(where, legacy.rest, keeper)
+    daemon = Daemon(config, where, listeners=listeners, predecessor=legacy.predecessor)
+    return daemon, notifier, legacy.stored
 
 
 def _explain(error: BaseException) -> int:

@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 _LEAST_BETWEEN_REPORTS_S = 1.0
 
 
-async def run(daemon: Daemon, notifier: Notifier, stored: str = "") -> None:
+async def run(daemon: Daemon, notifier: Notifier, stored: tuple[str, ...] = ()) -> None:
     """Run until SIGTERM or SIGINT; raises what `Daemon.run` does.
 
-    SIGUSR2 replaces the process image under the guests. `stored` is the name of the
-    state that the manager has of us.
+    SIGUSR2 replaces the process image under the guests. `stored` are the names of
+    states that the manager has of us.
     """
     memory = Memory(daemon, notifier, stored)
     try:

@@ -47,39 +47,46 @@ _LOOK_S: Final = 0.002
 
 
 class Legacy(NamedTuple):
-    """What a predecessor left: its configuration, and what of it is to go on."""
+    """What came along: a predecessor and its configuration, if there was one.
 
-    config: Config
-    predecessor: Predecessor
-    stored: str
+    `stored` are names of states that the manager has; `rest` is not ours.
+    """
+
+    config: Config | None
+    predecessor: Predecessor | None
+    stored: tuple[str, ...]
+    rest: list[Inherited]
 
 
-def receive(
-    inherited: Iterable[Inherited],
-) -> tuple[Legacy | None, list[Inherited]]:
-    """Take a predecessor's state out of what came along; the rest is given back.
+def receive(inherited: Iterable[Inherited]) -> Legacy:
+    """Take a predecessor's state out of what came along.
 
     A state that makes no sense is as good as none, with one line in the log.
     """
-    rest: list[Inherited] = []
-    held: list[int] = []
-    states: list[Inherited] = []
+    sorts: dict[str, list[Inherited]] = {_HELD: [], _STATE: [], "": []}
     for one in inherited:
-        if one.name == _HELD:
-            held.append(one.fd)
-        elif one.name == _STATE or one.name.startswith(_STORED):
-            states.append(one)
-        else:
-            rest.append(one)
-    legacy = None
-    if states:
-        states.sort(key=lambda one: _generation(one.name))
-        legacy = _legacy(states[-1], Held(held))
+        stored = one.name.startswith(_STORED)
+        sort = _STATE if stored else one.name
+        sorts[sort if sort in sorts else ""].append(one)
+    held = Held([one.fd for one in sorts[_HELD]])
+    states = sorted(sorts[_STATE], key=lambda one: _generation(one.name))
+    known = tuple(one.name for one in states if one.name != _STATE)
+    try:
+        state = saved.read(states[-1].fd) if states else None
+        config = None if state is None else from_document(state.config)
+    except (InvalidError, ConfigError) as error:
+        logger.warning("starting anew: %s", error)
+        state = config = None
+    finally:
         for one in states:
             os.close(one.fd)
-    if legacy is None:
-        Held(held).close()
-    return legacy, rest
+    if state is None or config is None:
+        held.close()
+        return Legacy(None, None, known, sorts[""])
+    config = msgspec.structs.replace(config, source="saved state")
+    if state.running is not None:
+        known = state.running.stored
+    return Legacy(config, Predecessor(state.running, held), known, sorts[""])
 
 
 def _generation(name: str) -> int:
@@ -88,27 +95,16 @@ def _generation(name: str) -> int:
     return int(number) if number.isdecimal() else sys.maxsize
 
 
-def _legacy(one: Inherited, held: Held) -> Legacy | None:
-    try:
-        state = saved.read(one.fd)
-        config = from_document(state.config)
-    except (InvalidError, ConfigError) as error:
-        logger.warning("starting anew: %s", error)
-        return None
-    config = msgspec.structs.replace(config, source="saved state")
-    ran = state.running
-    stored = one.name if ran is None else ran.stored
-    return Legacy(config, Predecessor(ran, held), stored)
-
-
 # Leaving something for the case of a sudden end
 
 
 class Memory:
     """The configuration as it is, at the service manager's."""
 
-    def __init__(self, daemon: Daemon, notifier: Notifier, stored: str = "") -> None:
-        """Go on with what a predecessor has stored there by this name."""
+    def __init__(
+        self, daemon: Daemon, notifier: Notifier, stored: tuple[str, ...] = ()
+    ) -> None:
+        """Replace what a predecessor has `stored` there, by name."""
         self.stored = stored
         self._daemon = daemon
         self._notifier = notifier
@@ -135,19 +131,20 @@ class Memory:
         except OSError as error:
             logger.warning("the state cannot be saved: %s", error)
             return
-        name = f"{_STORED}{max(time.time_ns(), _generation(self.stored or '0') + 1)}"
+        latest = max(map(_generation, self.stored), default=0)
+        name = f"{_STORED}{max(time.time_ns(), latest + 1)}"
         try:
             self._notifier.store(name, fd)
         finally:
             os.close(fd)
         self.forget()
-        self._known, self.stored = document, name
+        self._known, self.stored = document, (name,)
 
     def forget(self) -> None:
         """Leave nothing: whoever comes next starts from its file."""
-        if self.stored:
-            self._notifier.forget(self.stored)
-            self.stored = ""
+        for name in self.stored:
+            self._notifier.forget(name)
+        self.stored = ()
 
 
 # Executing itself
@@ -235,7 +232,7 @@ async def _leave(daemon: Daemon, notifier: Notifier, memory: Memory) -> None:
     )
 
 
-def _running(daemon: Daemon, kept: Kept, stored: str) -> Running:
+def _running(daemon: Daemon, kept: Kept, stored: tuple[str, ...]) -> Running:
     lock = kept.keep(daemon.lock)
     clients = {name: guest.server.save(kept) for name, guest in daemon.guests.items()}
     buses = {
