@@ -26,6 +26,13 @@ class Echo(Device):
             raise InvalidError(f"echo has no ring {shm.id}")
         shm.ring()
 
+    def save(self, connection: Connection) -> None:
+        """All there is to know lies in the rings."""
+
+    def resume(self, connection: Connection, state: object) -> None:
+        for shm in connection.shm.values():
+            shm.ring()
+
     async def run(self, connection: Connection) -> None:
         requests = await connection.consumer(REQUESTS)
         replies = await connection.producer(REPLIES)

@@ -15,14 +15,14 @@ register write starts and cannot end at once is given back as a Pending.
 
 import logging
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from errno import EBUSY, EEXIST, EFAULT, EINVAL, ENOSPC
 from typing import Any
 
 from outcome import Outcome
 
-from shm import Gauge, View
+from shm import Doorbell, Gauge, View
 from vbus import abi
 from vbus.abi import BridgeCall, EventId
 from vbus.asking import Result, Waiting
@@ -34,13 +34,21 @@ from vbus.client import (
 )
 from vbus.connection import Connection, Ended, State
 from vbus.effects import BridgeEffects
-from vbus.errors import VbusError
+from vbus.errors import InvalidError, NotFoundError, VbusError
 from vbus.eventring import EventRing
 from vbus.events import Event, EventQueues, EventStatistics
 from vbus.hypercall import Hypercalls
 from vbus.memory import GuestMemory
 from vbus.pci.config_space import Bar, ConfigSpace, Identity, Msi, Msix
 from vbus.pci.function import ConfiguredFunction, IoEventFd, Pending
+from vbus.saved import (
+    Held,
+    Kept,
+    SavedBridge,
+    SavedEvent,
+    SavedQueue,
+    SavedSession,
+)
 from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -226,6 +234,100 @@ class Bridge(ConfiguredFunction):
     def fence(self) -> Callable[[], Awaitable[object]] | None:
         return self.memory.fence()
 
+    # Being replaced
+
+    @property
+    def busy(self) -> bool:
+        return self._session is not None and self._session.client.busy
+
+    def save(self, kept: Kept) -> SavedBridge:
+        session = None if self._session is None else self._save(self._session, kept)
+        return SavedBridge(
+            self.memory.save(kept),
+            self.config.save(),
+            b"" if self.msix is None else self.msix.save(),
+            bytes(self._shadow),
+            session,
+        )
+
+    def _save(self, session: _Session, kept: Kept) -> SavedSession:
+        connections = session.client.save(kept)
+        signals = {
+            id(signal.event): handle
+            for handle, signal in session.client.signals.items()
+        }
+        return SavedSession(
+            session.capabilities,
+            session.client.next_signal,
+            {at: one.view.addr for at, one in session.channels.items()},
+            tuple(
+                SavedQueue(*ring.entry, kept.keep(ring.doorbell.fileno()))
+                for ring in session.rings
+            ),
+            connections,
+            tuple(
+                SavedEvent(event.record, event.priority, signals.get(id(event)))
+                for event in self.events.backlog()
+            ),
+        )
+
+    def resume(self, saved: SavedBridge, held: Held) -> None:
+        self.memory.resume(saved.memory, held)
+        self.config.resume(saved.config)
+        if self.msix is not None:
+            self.msix.resume(saved.msix)
+        self._shadow[:] = saved.calls[: len(self._shadow)].ljust(len(self._shadow))
+        if saved.session is not None:
+            if not self.bus_master:
+                raise InvalidError("a session without bus mastering")
+            self._session = self._new_session(saved.session.capabilities)
+            self._resume(self._session, saved.session, held)
+
+    def _resume(self, session: _Session, saved: SavedSession, held: Held) -> None:
+        lost = session.client.resume(
+            saved.connections, saved.next_signal, self._find, held
+        )
+        for at, gpa in saved.channels.items():
+            self._add_channel(session, at, abi.FASTCALL.size, gpa)
+        for one in saved.events:
+            signal = session.client.signals.get(
+                -1 if one.signal is None else one.signal
+            )
+            event = Event.of(one.record, one.priority)
+            self.events.post(event if signal is None else signal.event)
+        self.events.post(*lost)
+        if saved.queues:
+            session.rings = self._resumed_rings(saved.queues, held)
+            self._flow(session)
+
+    def _resumed_rings(
+        self, saved: Sequence[SavedQueue], held: Held
+    ) -> list[EventRing]:
+        rings: list[EventRing] = []
+        try:
+            for index, queue in enumerate(saved[: abi.QUEUE_LIMIT]):
+                doorbell = Doorbell.adopt(held.take(queue.doorbell))
+                entry = abi.QueueEntry(queue.descriptors, queue.ring, queue.data)
+                interrupt = self._interrupter(index)
+                rings.append(EventRing(entry, self.memory, interrupt, doorbell))
+        except BaseException:
+            for ring in rings:
+                ring.close()
+            raise
+        return rings
+
+    def missing(self, known: Iterable[int]) -> None:
+        """Drop the devices that the guest knows from before and that are not there."""
+        gone = [id for id in known if id not in self.bus.interfaces]
+        if self.events.opened:
+            self.events.post(*(Event(EventId.DEVDROP, id) for id in gone))
+
+    def _find(self, name: str) -> Interface | None:
+        try:
+            return self.bus.find(name)
+        except NotFoundError:
+            return None
+
     # What comes from the device's side
 
     def connection_failed(self, connection: Connection, error: BaseException) -> None:
@@ -395,14 +497,17 @@ class Bridge(ConfiguredFunction):
 
     def _open_queues(self, session: _Session) -> None:
         """Start delivery: every device on the bus first, then live events."""
-        for index, ring in enumerate(session.rings):
-            self._effects.watch(ring.doorbell, self._room_maker(index))
         present = [
             event
             for interface in self.bus.interfaces.values()
             for event in self._announcement(session, interface)
         ]
         self.events.post(*present)
+        self._flow(session)
+
+    def _flow(self, session: _Session) -> None:
+        for index, ring in enumerate(session.rings):
+            self._effects.watch(ring.doorbell, self._room_maker(index))
         self.events.open(session.rings)
 
     def _announcement(self, session: _Session, interface: Interface) -> list[Event]:

@@ -122,14 +122,27 @@ class Bus:
         """Tell it nothing any more."""
         self._subscribers.remove(subscriber)
 
-    def add(self, device: Device) -> Interface:
+    @property
+    def next_id(self) -> int:
+        """What the next interface gets."""
+        return self._next_id
+
+    def skip_ids(self, next_id: int) -> None:
+        """Give none below `next_id` any more: another daemon may have given them."""
+        self._next_id = max(self._next_id, next_id)
+
+    def add(self, device: Device, id: int | None = None) -> Interface:
         """Give a device an interface here; for `BusModel.link`."""
         if device.name in self._by_name:
             raise ExistsError(f"{device.name} is on bus {self.name} already")
-        if self._next_id == ID_LIMIT:
-            raise NoSpaceError(f"bus {self.name}: all ids are used up")
-        interface = Interface(self._next_id, device.type, device.name, device)
-        self._next_id += 1
+        if id is None:
+            if self._next_id >= ID_LIMIT:
+                raise NoSpaceError(f"bus {self.name}: all ids are used up")
+            id = self._next_id
+            self._next_id += 1
+        elif id in self.interfaces:
+            raise ExistsError(f"bus {self.name}: {id} is another device's")
+        interface = Interface(id, device.type, device.name, device)
         self.interfaces[interface.id] = interface
         self._by_name[device.name] = interface
         for subscriber in tuple(self._subscribers):
@@ -303,8 +316,8 @@ class BusModel:
         if users:
             raise BusyError(f"{name} is used by {', '.join(sorted(users))}")
 
-    def link(self, bus_name: str, device_name: str) -> Interface:
-        """Put a device on a bus, where guests see it.
+    def link(self, bus_name: str, device_name: str, id: int | None = None) -> Interface:
+        """Put a device on a bus, where guests see it; `id` if it had one before.
 
         Raises NotFoundError, ExistsError, and InvalidError for a device without an
         interface type.
@@ -313,7 +326,7 @@ class BusModel:
         device = self.device(device_name)
         if not device.type:
             raise InvalidError(f"{device_name} has no interface to put on a bus")
-        interface = bus.add(device)
+        interface = bus.add(device, id)
         self._tell(
             Change(ChangeKind.LINKED, bus=bus_name, device=device_name, id=interface.id)
         )

@@ -10,7 +10,7 @@ import inspect
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from errno import EIO
 from typing import Any, NamedTuple, Protocol, cast
@@ -19,7 +19,7 @@ import outcome
 import trio
 from outcome import Error, Outcome, Value
 
-from shm import AddressSpace
+from shm import AddressSpace, Doorbell
 from vbus.abi import EventId
 from vbus.asking import Result, ask, later, refusal
 from vbus.bus import Interface
@@ -36,6 +36,7 @@ from vbus.errors import (
 )
 from vbus.events import Event
 from vbus.logs import DEVICE
+from vbus.saved import Held, Kept, SavedConnection, SavedShm
 from vbus.trace import NO_TRACE, Trace
 
 log = logging.getLogger(__name__)
@@ -484,6 +485,118 @@ class BusClient:
         connection.state = State.CLOSED
         connection.device.connections.discard(connection)
 
+    # Being replaced
+
+    @property
+    def busy(self) -> bool:
+        """Does a device still open, share or close something?"""
+        sharing = any(one.sharing for one in self.connections.values())
+        return bool(self._opening or self._closing or sharing)
+
+    @property
+    def next_signal(self) -> int:
+        """The handle that the next signal gets."""
+        return self._next_signal
+
+    def save(self, kept: Kept) -> tuple[SavedConnection, ...]:
+        """Give what is open; what its device cannot save is ended before."""
+        states = {one: self._state_of(one) for one in tuple(self.connections.values())}
+        return tuple(
+            SavedConnection(
+                one.device.name,
+                one.version,
+                one.handle,
+                tuple(_saved(shm, kept) for shm in one.shm.values()),
+                states[one],
+            )
+            for one in self.connections.values()
+        )
+
+    def _state_of(self, connection: Connection) -> object:
+        try:
+            return connection.device.save(connection)
+        except Exception:
+            log.exception("%r cannot be saved", connection)
+            self.end(connection, Ended.FAILED)
+            return None
+
+    def resume(
+        self,
+        saved: Sequence[SavedConnection],
+        next_signal: int,
+        find: Callable[[str], Interface | None],
+        held: Held,
+    ) -> list[Event]:
+        """Go on with what was open, and give the SHMCLOSE of what cannot be.
+
+        `find` is None for a device that is not there. Raises a VbusError where the
+        memory is not what it was.
+        """
+        self._next_signal = next_signal
+        lost: list[Event] = []
+        for one in saved:
+            interface = find(one.device)
+            if interface is None or one.version != interface.device.version:
+                lost += [_ending(shm) for shm in one.shm if shm.handle is not None]
+            else:
+                self._resume(one, interface.device, held)
+        return lost
+
+    def _resume(self, saved: SavedConnection, device: Device, held: Held) -> None:
+        connection = Connection(device, self._guest, saved.version, self._memory)
+        if not saved.handle or saved.handle in self.connections:
+            raise InvalidError(f"{connection}: handle {saved.handle:#x}")
+        connection.handle = saved.handle
+        connection.state = State.OPEN
+        device.connections.add(connection)
+        self.connections[saved.handle] = connection
+        self._effects.connection_opened(connection)
+        for shm in saved.shm:
+            self._resume_shm(connection, shm, held)
+        try:
+            device.resume(connection, saved.state)
+        except Exception as error:
+            log.warning("%r cannot go on: %s", connection, error)
+            self._counters.failures += 1
+            self.end(connection, Ended.FAILED)
+
+    def _resume_shm(self, connection: Connection, saved: SavedShm, held: Held) -> None:
+        known = saved.handle in self.signals or saved.id in connection.shm
+        with_signal = saved.signal_offset is not None
+        if known or with_signal != (saved.handle is not None):
+            raise InvalidError(f"{connection}: memory {saved.id} a second time")
+        if saved.handle is not None and saved.handle >= self._next_signal:
+            raise InvalidError(f"{connection}: signal {saved.handle} is not given yet")
+        self._check_limits(with_signal)
+        event = Event(EventId.SHMSIGNAL, saved.cookie, priority=saved.prio)
+        doorbell = None
+        if saved.doorbell is not None:
+            doorbell = Doorbell.adopt(held.take(saved.doorbell))
+        try:
+            view = self._memory.view(saved.addr, saved.size)
+            shm = SharedMemory(
+                saved.id,
+                view,
+                self._memory,
+                flags=saved.flags,
+                signal_offset=saved.signal_offset,
+                prio=saved.prio,
+                cookie=saved.cookie,
+                post=self._poster(connection, saved.id, event),
+                doorbell=doorbell,
+            )
+        except BaseException:
+            if doorbell is not None:
+                doorbell.close()
+            raise
+        self._shm_count += 1
+        if saved.handle is not None:
+            self._signal_count += 1
+            shm.handle = saved.handle
+            self.signals[saved.handle] = Signal(shm, event, connection)
+        connection.add(shm)
+        shm.accept()
+
     def validate(self) -> None:
         """Raise AssertionError unless every invariant holds."""
         for handle, connection in self.connections.items():
@@ -512,6 +625,26 @@ def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) 
     if out:
         reply(out)
     return result
+
+
+def _saved(shm: SharedMemory, kept: Kept) -> SavedShm:
+    bell = shm.doorbell
+    return SavedShm(
+        shm.id,
+        shm.view.addr,
+        shm.view.size,
+        shm.flags,
+        shm.prio,
+        shm.cookie,
+        shm.signal_offset,
+        shm.handle,
+        None if bell is None else kept.keep(bell.fileno()),
+    )
+
+
+def _ending(shm: SavedShm) -> Event:
+    """Make the SHMCLOSE of memory that nobody shares any more."""
+    return Event(EventId.SHMCLOSE, shm.cookie, priority=shm.prio)
 
 
 def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:

@@ -12,7 +12,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import trio
 
 from vbus.backend.manager import Backends
@@ -26,11 +28,13 @@ from vbus.errors import (
     ExistsError,
     InvalidError,
     NotFoundError,
+    VbusError,
 )
 from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
 from vbus.logs import about
 from vbus.metrics.server import MetricsServer, address_of
+from vbus.saved import Held, Running, SavedBus, SavedClient
 from vbus.sockets import Access, Listeners
 from vbus.trace import Trace
 
@@ -38,6 +42,13 @@ logger = logging.getLogger(__name__)
 
 Happening = dict[str, object]
 """One change as `vbus events` shows it: "event", and what it is about."""
+
+
+class Predecessor(NamedTuple):
+    """What a daemon before this one left; without `running` it ended suddenly."""
+
+    running: Running | None
+    held: Held
 
 
 class Daemon:
@@ -49,8 +60,12 @@ class Daemon:
         runtime_dir: Path,
         model: BusModel | None = None,
         listeners: Listeners | None = None,
+        predecessor: Predecessor | None = None,
     ) -> None:
-        """Take a configuration; nothing is made before `run`."""
+        """Take a configuration; nothing is made before `run`.
+
+        It is that of the `predecessor`, if there is one.
+        """
         self.config = config
         self.runtime_dir = runtime_dir
         self.model: BusModel = BusModel() if model is None else model
@@ -62,6 +77,12 @@ class Daemon:
         self._watchers: list[Callable[[Happening], object]] = []
         self._serving: dict[str, trio.CancelScope] = {}
         self.access = Access()
+        self.ready = False
+        self.lock = -1
+        """The descriptor that holds the runtime directory."""
+        self._predecessor = predecessor
+        self._changes = 0
+        self._closed = False
         self._stop = trio.Event()
         self._device_nursery: trio.Nursery
         self._guest_nursery: trio.Nursery
@@ -106,13 +127,14 @@ class Daemon:
                 try:
                     await self._device_nursery.start(self.backends.serve)
                     async with trio.open_nursery() as self._guest_nursery:
-                        await self._populate()
+                        await self._make_all()
                         await self._serve_metrics()
                         await self._guest_nursery.start(
                             ControlServer(self, self.control_path).serve
                         )
                         self.listeners.remove_unclaimed()
                         logger.info("ready in %s", self.runtime_dir)
+                        self.ready = True
                         task_status.started()
                         await self._stop.wait()
                         logger.info("stopping")
@@ -206,8 +228,13 @@ class Daemon:
             raise InvalidError(f"{device} is a PCI function of its own, and on no bus")
         return self.model.link(bus, device)
 
-    async def add_guest(self, config: GuestConfig) -> Guest:
-        """Serve one more guest; its socket is there on return.
+    async def add_guest(
+        self,
+        config: GuestConfig,
+        resumed: SavedClient | None = None,
+        held: Held | None = None,
+    ) -> Guest:
+        """Serve one more guest; its socket is there on return, and who is `resumed`.
 
         Raises InvalidError, ExistsError, NotFoundError (no such bus), BusyError or
         OSError of the socket.
@@ -224,6 +251,8 @@ class Daemon:
             lambda event: self._tell({"event": event, "guest": config.name}),
             trace=self.trace,
             listeners=self.listeners,
+            resumed=resumed,
+            held=held,
         )
         self._guests[config.name] = guest
         await self._guest_nursery.start(self._serve_guest, guest)
@@ -244,6 +273,31 @@ class Daemon:
         except KeyError:
             raise NotFoundError(f"no guest {name!r}") from None
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Do what somebody asked for. Raises BusyError while it is `closed`."""
+        if self._closed:
+            raise BusyError("the daemon is being replaced: ask again")
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._changes -= 1
+
+    @contextmanager
+    def closed(self) -> Iterator[Callable[[], bool]]:
+        """Let nobody change anything; what is given says when all changes are done.
+
+        Raises BusyError if it is closed already.
+        """
+        if self._closed:
+            raise BusyError("the daemon is being replaced already")
+        self._closed = True
+        try:
+            yield lambda: not self._changes
+        finally:
+            self._closed = False
+
     def watch(self, watcher: Callable[[Happening], object]) -> Callable[[], None]:
         """Call `watcher` with every change; what is returned ends that."""
         self._watchers.append(watcher)
@@ -258,6 +312,68 @@ class Daemon:
             device, config, path, self.listeners
         )
         await self._guest_nursery.start(self._serve_exposed, exposed)
+
+    async def _make_all(self) -> None:
+        if self._predecessor is None:
+            await self._populate()
+            return
+        running, held = self._predecessor
+        self._predecessor = None
+        try:
+            await self._succeed(running, held)
+        finally:
+            held.close()
+
+    async def _succeed(self, running: Running | None, held: Held) -> None:
+        """Make what there was, and go on with the guests that were attached.
+
+        What cannot be any more is left out: the rest has to go on. Devices that cannot
+        go on with their guests are plugged in last, so that the guests hear of it.
+        """
+        buses = {} if running is None else running.buses
+        for bus in self.config.buses:
+            with self._surviving(f"bus {bus.name}"):
+                made = self.model.add_bus(bus.name)
+                if bus.name in buses:
+                    made.skip_ids(buses[bus.name].next_id)
+        for device in self.config.devices:
+            with self._surviving(f"device {device.name}"):
+                if self.backends.of_class(device) is None:
+                    await self.make_device(msgspec.structs.replace(device, buses=()))
+                    self._link_again(device, buses)
+        clients = {} if running is None else running.guests
+        for guest in self.config.guests:
+            with self._surviving(f"guest {guest.name}"):
+                added = await self.add_guest(guest, clients.get(guest.name), held)
+                if guest.bus in buses:
+                    added.bridge.missing(buses[guest.bus].devices.values())
+        for device in self.config.devices:
+            with self._surviving(f"device {device.name}"):
+                await self._plug_in(device)
+
+    def _link_again(self, device: DeviceConfig, buses: Mapping[str, SavedBus]) -> None:
+        for bus in device.buses:
+            if bus in buses and device.name in buses[bus].devices:
+                self.model.link(bus, device.name, buses[bus].devices[device.name])
+
+    async def _plug_in(self, device: DeviceConfig) -> None:
+        if self.backends.of_class(device) is not None:
+            await self._make_configured(device)
+            return
+        linked = {
+            bus.name for bus, _ in self.model.links(self.model.device(device.name))
+        }
+        for bus in device.buses:
+            if bus not in linked:
+                self.model.link(bus, device.name)
+
+    @contextmanager
+    def _surviving(self, part: str) -> Iterator[None]:
+        """Leave out what cannot be made any more."""
+        try:
+            yield
+        except (VbusError, OSError) as error:
+            logger.error("%s is left out: %s", part, error)
 
     async def _populate(self) -> None:
         for bus in self.config.buses:
@@ -392,17 +508,23 @@ class Daemon:
         self.runtime_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         for folder in (self._guests_dir, self._functions_dir):
             folder.mkdir(mode=0o750, exist_ok=True)
-        path = self.runtime_dir / "vbus.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.lock = self._open_lock()
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(f"another daemon runs in {self.runtime_dir}") from None
             self.access.grant(self.runtime_dir)
             yield
         finally:
-            os.close(fd)
+            os.close(self.lock)
+
+    def _open_lock(self) -> int:
+        """Give the lock's file, which a predecessor in this process holds already."""
+        if self._predecessor is not None and self._predecessor.running is not None:
+            return self._predecessor.held.take(self._predecessor.running.lock)
+        path = self.runtime_dir / "vbus.lock"
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @property
     def _guests_dir(self) -> Path:

@@ -191,6 +191,31 @@ class Device:
         Returning is fine and leaves the connection open; an exception ends it.
         """
 
+    # Hooks for a daemon that replaces itself (SIGUSR2)
+
+    def save(self, connection: Connection) -> object:
+        """Give what `resume` needs to go on with a connection, as plain values.
+
+        Called while `run` waits; neither it nor anything else of this process goes on
+        after it. Whoever does not implement both hooks is unplugged before, and
+        plugged in anew after: the guest opens it again.
+        """
+        raise InvalidError(f"{self.name} cannot be saved")
+
+    def resume(self, connection: Connection, state: object) -> None:
+        """Go on with a connection that another process had open; instead of `open`.
+
+        `connection.shm` has all that was shared, in its order; `run` is started after.
+        `state` is what `save` gave, perhaps of an older version: check it, and raise
+        a VbusError to end the connection.
+        """
+        raise InvalidError(f"{self.name} cannot go on")
+
+    @classmethod
+    def goes_on(cls) -> bool:
+        """Can its connections outlive this process?"""
+        return cls.overrides("save") and cls.overrides("resume")
+
     # For the bus
 
     def get_attribute(self, name: str) -> object:

@@ -16,13 +16,18 @@ class EventRing:
     """The south end of one event queue."""
 
     def __init__(
-        self, entry: QueueEntry, memory: AddressSpace, interrupt: Callable[[], object]
+        self,
+        entry: QueueEntry,
+        memory: AddressSpace,
+        interrupt: Callable[[], object],
+        doorbell: Doorbell | None = None,
     ) -> None:
-        """Attach. Raises InvalidError or FaultError."""
-        if not 1 <= entry.descriptors <= RING_LIMIT:
-            raise InvalidError(f"an event queue of {entry.descriptors} descriptors")
-        self.doorbell = Doorbell()
+        """Attach; own `doorbell`, or make one. Raises InvalidError or FaultError."""
+        self.entry = entry
+        self.doorbell = Doorbell() if doorbell is None else doorbell
         try:
+            if not 1 <= entry.descriptors <= RING_LIMIT:
+                raise InvalidError(f"an event queue of {entry.descriptors} descriptors")
             self._data = memory.view(entry.data, EVENT_SIZE * entry.descriptors)
             self._view = memory.view(entry.ring, ring_size(entry.descriptors))
             self._ring = Ring(

@@ -24,7 +24,7 @@ from typing import Protocol
 from shm import Gauge
 from vbus.abi import EVENT, PRIORITY_HIGHEST, EventId
 from vbus.abi import Event as EventRecord
-from vbus.errors import VbusError
+from vbus.errors import InvalidError, VbusError
 
 PRIORITIES = PRIORITY_HIGHEST + 1
 
@@ -45,6 +45,15 @@ class Event:
         self.record = EVENT.pack(EventRecord(eventid, handle, text))
         self.priority = min(priority, PRIORITY_HIGHEST)
         self.waiting = False
+
+    @classmethod
+    def of(cls, record: bytes, priority: int) -> "Event":
+        """Make one of a record as it is. Raises InvalidError for what is none."""
+        if len(record) != EVENT.size:
+            raise InvalidError(f"an event of {len(record)} bytes")
+        self = cls(EventId.SHMSIGNAL, 0, priority=priority)
+        self.record = record
+        return self
 
 
 class QueueEnd(Protocol):
@@ -164,6 +173,10 @@ class EventQueues:
         event.record = EVENT.pack(EventRecord(EventId.SHMCLOSE, cookie))
         if not event.waiting:
             self.post(event)
+
+    def backlog(self) -> list[Event]:
+        """Give what waits; of one priority, the oldest first."""
+        return [event for fifo in self._fifos for event in fifo]
 
     def room(self, index: int) -> None:
         """The guest rang for queue `index`: go on if it was stalled."""

@@ -15,6 +15,7 @@ from vbus.config import GuestConfig
 from vbus.effects import BridgeEffects
 from vbus.logs import about
 from vbus.pci.function import InterruptSink
+from vbus.saved import Held, SavedClient
 from vbus.sockets import Listeners
 from vbus.tasks import BridgeTasks
 from vbus.trace import NO_TRACE, Trace
@@ -67,8 +68,13 @@ class Guest:
         tell: Callable[[str], object] = lambda _: None,
         trace: Trace = NO_TRACE,
         listeners: Listeners | None = None,
+        resumed: SavedClient | None = None,
+        held: Held | None = None,
     ) -> None:
-        """Describe it; `tell` gets "guest-attached" and "guest-left"."""
+        """Describe it; `tell` gets "guest-attached" and "guest-left".
+
+        A client that is `resumed` is attached from the start.
+        """
         self.config = config
         self.bus = bus
         self.path = path
@@ -77,6 +83,8 @@ class Guest:
         self._tell = tell
         self._trace = trace
         self._listeners = listeners
+        self._resumed = resumed
+        self._held = held
         self._scope = trio.CancelScope()
         self._gone = trio.Event()
 
@@ -114,7 +122,10 @@ class Guest:
             allow_truncatable=self.config.allow_truncatable,
             spin_us=self.config.spin_us,
             listeners=self._listeners,
+            resumed=self._resumed,
+            held=self._held,
         )
+        self._resumed = self._held = None
         try:
             async with trio.open_nursery() as serving:
                 await serving.start(self.server.serve)

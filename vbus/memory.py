@@ -6,7 +6,7 @@ used has to wait for it first.
 """
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import trio
 
 from shm import AddressSpace
 from vbus.errors import NoSpaceError
+from vbus.saved import Held, Kept, SavedRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,43 @@ class GuestMemory(AddressSpace):
         if gone:
             for mirror in tuple(self._mirrors):
                 mirror.unmapped(addr, size)
+
+    def save(self, kept: Kept) -> tuple[SavedRange, ...]:
+        """Give all that is mapped, for `resume`."""
+        backed = [
+            SavedRange(
+                one.addr,
+                one.size,
+                one.offset,
+                one.writable,
+                one.truncatable,
+                kept.keep(one.fd),
+            )
+            for one in self._ranges.values()
+        ]
+        bare = [
+            SavedRange(one.addr, one.size, 0, one.writable, False, None)
+            for one in self.regions()
+            if not one.backed
+        ]
+        return (*backed, *bare)
+
+    def resume(self, saved: Sequence[SavedRange], held: Held) -> None:
+        """Map what another one had. Raises as `map`."""
+        for one in saved:
+            fd = None if one.fd is None else held.take(one.fd)
+            try:
+                self.map(
+                    one.addr,
+                    one.size,
+                    fd,
+                    one.offset,
+                    writable=one.writable,
+                    allow_truncatable=one.truncatable,
+                )
+            finally:
+                if fd is not None:
+                    os.close(fd)
 
     # For mirrors
 

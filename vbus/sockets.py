@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, Self
 import trio
 
 from vbus.errors import BusyError, ExistsError, InvalidError
-from vbus.service.inherited import Inherited
+from vbus.service.inherited import UNNAMED, Inherited
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +212,7 @@ class Listeners:
         self._root = root
         self._keeper = keeper
         self._kept: dict[Path, _Kept] = {}
+        self._made: dict[Path, socket.socket] = {}
         for name, fd in inherited:
             found = _listening(fd)
             if found is None or found[1] in self._kept:
@@ -232,14 +233,37 @@ class Listeners:
         if kept is None:
             sock = listen(path, owner_uid)
             if self._keeper is None:
-                return Listener(sock, unlinker(path))
+                return self._make(path, sock)
             kept = _Kept(sock, STORED + str(path.relative_to(self._root)))
             self._kept[path] = kept
             self._keeper.store(kept.name, sock.fileno())
         elif kept.name and owner_uid is not None:
             os.chown(path, owner_uid, -1)
+        if kept.name and self._keeper is None:  # our own, from before an exec
+            del self._kept[path]
+            return self._make(path, kept.sock)
         kept.claimed = True
         return Listener(kept.sock.dup(), lambda: None)
+
+    def _make(self, path: Path, sock: socket.socket) -> Listener:
+        self._made[path] = sock
+        return Listener(sock, unlinker(path))
+
+    def all(self) -> list[Inherited]:
+        """Give those that listen now, as the next process takes them; they stay ours.
+
+        None of their files may be unlinked then, and `close` not be called.
+        """
+        made = [
+            Inherited(STORED + str(path.relative_to(self._root)), sock.fileno())
+            for path, sock in self._made.items()
+            if sock.fileno() >= 0
+        ]
+        kept = [
+            Inherited(one.name or UNNAMED, one.sock.fileno())
+            for one in self._kept.values()
+        ]
+        return [*made, *kept]
 
     def remove(self, path: Path) -> None:
         """End the socket for good, where it is kept and not the manager's own."""

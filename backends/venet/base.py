@@ -137,6 +137,16 @@ class VenetBase(Device):
         end = HostEnd(self.mtu, self.txmitigation)
         self._session = Session(connection, end, offered, self.spin_us)
 
+    def save(self, connection: Connection) -> object:
+        return self._session_of(connection).save()
+
+    def resume(self, connection: Connection, state: object) -> None:
+        self.open(connection)
+        session = self._session_of(connection)
+        session.resume(state)
+        if session.up.value:
+            self.link_changed(True)
+
     def close(self, connection: Connection) -> None:
         session = self._session_of(connection)
         self._before = [a + b for a, b in zip(*self._counters(), strict=True)]

@@ -8,8 +8,9 @@ All of ABI section 7 that is not moving bytes. The states of a session:
 import struct
 from collections.abc import Callable, Mapping
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Annotated, Final
 
+import msgspec
 import trio
 
 from backends.venet.flag import Flag
@@ -88,6 +89,20 @@ OFFERED: Final[Mapping[Group, int]] = {
 _CAPABILITIES = struct.Struct("<II")
 _QUERY = struct.Struct("<IIII16x")
 _RINGS = {Shm.RX, Shm.TX, Shm.EVENTS, Shm.PAGES}
+
+
+_Word = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_Value = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    """What a session knows that does not lie in the guest's memory."""
+
+    accepted: dict[int, int]
+    """Capability bits by group."""
+    up: bool
+    events: tuple[tuple[_Word, _Value], ...]
+    """Ids and values of events that wait for room in the event ring."""
 
 
 class Session:
@@ -211,6 +226,37 @@ class Session:
         if id is Shm.RX_POOL and shm.size > RING_LIMIT * SG_SIZE:
             raise InvalidError(f"{id.name}: {shm.size} bytes are too many")
         self.end.attach(id.name.lower(), shm.view)
+
+    # Another process goes on with it
+
+    def save(self) -> object:
+        """Give what `resume` needs, as plain values."""
+        return msgspec.to_builtins(
+            _Saved(
+                {int(group): bits for group, bits in self._accepted.items()},
+                self.up.value,
+                tuple(self.end.backlog()),
+            )
+        )
+
+    def resume(self, state: object) -> None:
+        """Be as another one was, on the same connection. Raises InvalidError."""
+        try:
+            saved = msgspec.convert(state, _Saved)
+        except msgspec.ValidationError as error:
+            raise InvalidError(f"{self.connection}: {error}") from None
+        for group, bits in saved.accepted.items():
+            if group in self._accepted:
+                self._accepted[Group(group)] = bits & self._offered.get(Group(group), 0)
+        self._configure()
+        for shm in self.connection.shm.values():
+            self.share(shm)
+        for id, value in saved.events:
+            self.end.queue_event(id, value)
+        self._deferred.set(self.end.pending > 0)
+        if saved.up:
+            self.end.set_up(True)
+            self.up.set(True)
 
     # Guest-bound frames
 

@@ -92,6 +92,18 @@ class Manager:
             alive = self.process.poll() is None
             assert alive or text in "".join(self.messages), self.log.read_text()
 
+    def wait_for_state(self, text: str) -> None:
+        """Take messages until the stored state mentions `text`."""
+        end = time.monotonic() + WITHIN_S
+        while not any(text.encode() in state for state in self.states):
+            assert time.monotonic() < end, (text, self.messages)
+            self.take()
+
+    @property
+    def states(self) -> list[bytes]:
+        """What is stored of the daemon's state."""
+        return [os.pread(fd, 1 << 20, 0) for name, fd in self.store if "state" in name]
+
     def take(self) -> bool:
         """Take one message, if there is one within a moment."""
         size = socket.CMSG_SPACE(_MOST_FDS * 4)
@@ -109,10 +121,27 @@ class Manager:
         if "FDSTORE" in fields:
             self.store += [(name, fd) for fd in fds]
         elif "FDSTOREREMOVE" in fields:
-            for entry in [one for one in self.store if one[0] == name]:
-                self.store.remove(entry)
-                os.close(entry[1])
+            self.forget(name)
         return True
+
+    def forget(self, name: str) -> None:
+        """Close what is stored by that name."""
+        for entry in [one for one in self.store if one[0] == name]:
+            self.store.remove(entry)
+            os.close(entry[1])
+
+    def memfd(self, data: bytes) -> int:
+        """Make a memory file that nobody can change."""
+        fd = os.memfd_create("made", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(fd, data)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        return fd
+
+    @property
+    def stored_sockets(self) -> list[str]:
+        """Names of what is stored, without that of the state."""
+        return sorted(name for name, _ in self.store if "state" not in name)
 
     def run(self) -> None:
         """Start, and wait until it is ready."""

@@ -18,15 +18,21 @@ class Served:
     """A daemon on a runtime directory; a context manager that ends it with SIGTERM."""
 
     def __init__(
-        self, folder: Path, config: str = "", words: Sequence[str] = ()
+        self,
+        folder: Path,
+        config: str = "",
+        words: Sequence[str] = (),
+        modules: Path | None = None,
     ) -> None:
-        """Start it with further `words` of `vbus serve`."""
+        """Start it with further `words` of `vbus serve`, and a folder of modules."""
         self.runtime = folder / "run"
         self.log = folder / "log"
         self._path = folder / "vbus.toml"
         self._path.write_text(config)
         self._words = words
         self.environment = {**os.environ, "VBUS_RUNTIME_DIR": str(self.runtime)}
+        if modules is not None:
+            self.environment["PYTHONPATH"] = str(modules)
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:

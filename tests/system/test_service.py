@@ -36,13 +36,15 @@ bus = "bus0"
 CONTROL, G1 = "vbus/control.sock", "vbus/guests/g1.sock"
 
 
-def called(manager: Manager, data: bytes) -> bytes:
-    """A call of echo0 by a guest process."""
+def called(
+    manager: Manager, data: bytes, guest: str = "g1", device: str = "echo0"
+) -> bytes:
+    """A call of a device by a guest process."""
 
     async def call() -> bytes:
         with trio.fail_after(WITHIN_S):
-            async with attach(manager.guest(), memory_mib=4) as bridge:
-                _, answer = await (await bridge.open("echo0")).call(0, data)
+            async with attach(manager.guest(guest), memory_mib=4) as bridge:
+                _, answer = await (await bridge.open(device)).call(0, data)
         return answer
 
     return trio.run(call)
@@ -121,7 +123,7 @@ def test_who_connects_while_it_is_down_is_served_by_the_next(
         manager.end(number)
         while manager.take():
             pass
-        assert sorted(name for name, _ in manager.store) == [CONTROL, G1]
+        assert manager.stored_sockets == [CONTROL, G1]
         inode = manager.guest().stat().st_ino
 
         async def main() -> bytes:
@@ -146,7 +148,7 @@ def test_who_connects_while_it_is_down_is_served_by_the_next(
 
         assert trio.run(main) == b"patience"
         assert manager.guest().stat().st_ino == inode
-        assert len(manager.store) == 2, "nothing is stored twice"
+        assert manager.stored_sockets == [CONTROL, G1], "nothing is stored twice"
 
 
 def _wait_for_client(path: Path) -> None:
@@ -173,16 +175,29 @@ def test_a_guest_added_live_is_kept_until_it_is_removed(tmp_path: Path) -> None:
         assert not manager.guest("g2").exists()
 
 
-def test_a_guest_nobody_configured_any_more_is_refused_again(tmp_path: Path) -> None:
-    """The next daemon does not know the guest that was added live."""
+def test_what_was_changed_live_is_there_again_after_a_sudden_end(
+    tmp_path: Path,
+) -> None:
+    """R60: SIGKILL loses nothing of it; an ordered end goes back to the file."""
     with Manager(tmp_path, CONFIG) as manager:
         manager.run()
         assert manager.vbus("guest", "add", "g2", "--bus", "bus0").returncode == 0
-        manager.wait_for("FDNAME=vbus/guests/g2.sock")
-        manager.end(signal.SIGKILL)
+        words = "device", "add", "echo1", "--class", "echo", "--bus", "bus0"
+        done = manager.vbus(*words)
+        assert done.returncode == 0, done.stderr
+        for _ in range(2):
+            manager.wait_for_state("echo1")
+            manager.end(signal.SIGKILL)
+            while manager.take():
+                pass  # systemd too hears what it said before it hears of its end
+            manager.run()
+            assert called(manager, b"back", "g2", "echo1") == b"back"
+        manager.end(signal.SIGTERM)
+        while manager.take():
+            pass
         manager.run()
         assert not manager.guest("g2").exists()
-        assert sorted(name for name, _ in manager.store) == [CONTROL, G1]
+        assert manager.stored_sockets == [CONTROL, G1]
 
 
 class Guest:
@@ -360,7 +375,7 @@ def test_a_guests_socket_can_be_a_units(tmp_path: Path) -> None:
         manager.listen(manager.guest(), "g1.socket")
         manager.run()
         assert called(manager, b"activated") == b"activated"
-        assert [name for name, _ in manager.store] == [CONTROL]
+        assert manager.stored_sockets == [CONTROL]
 
 
 # The units as files

@@ -66,6 +66,8 @@ class Backends:
         self._tell = tell
         self._allowed = {0, os.geteuid()}
         self._clients = 0
+        self._serving = trio.CancelScope()
+        self._ended = trio.Event()
         self._supervised = {
             one.name: _Supervised(self.named[one.name]) for one in configs if one.start
         }
@@ -120,15 +122,22 @@ class Backends:
         listener = listen(self.path)
         unlink = unlinker(self.path)
         try:
-            async with trio.open_nursery() as nursery:
-                for one in self._supervised.values():
-                    nursery.start_soon(self._supervise, one)
-                task_status.started()
-                while True:
-                    await self._accept(listener, nursery)
+            with self._serving:
+                async with trio.open_nursery() as nursery:
+                    for one in self._supervised.values():
+                        nursery.start_soon(self._supervise, one)
+                    task_status.started()
+                    while True:
+                        await self._accept(listener, nursery)
         finally:
             listener.close()
             unlink()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """End `serve`: all processes have ended, and their devices are gone."""
+        self._serving.cancel()
+        await self._ended.wait()
 
     async def tried(self) -> None:
         """Wait until each backend of ours is up, or has failed to come up once."""

@@ -17,6 +17,7 @@ from vbus.service.inherited import take
 from vbus.service.log import goes_to_journal, journal_formatter
 from vbus.service.managed import run
 from vbus.service.notify import Notifier
+from vbus.service.restart import receive
 from vbus.sockets import Listeners
 
 EXIT_NO_PERMISSION = 77
@@ -52,9 +53,7 @@ def serve(
     """Run the bus daemon until SIGTERM or SIGINT."""
     _log_to_stderr(log_level, as_json=log_format == "json")
     try:
-        config = Config() if path is None else load(path)
-        where = runtime_dir(config.daemon.runtime_dir)
-        trio.run(run, *_at_home(config, where))
+        trio.run(run, *_at_home(path))
     except (VbusError, OSError, ExceptionGroup) as error:
         cause = innermost(error)
         known = isinstance(cause, VbusError | OSError)
@@ -63,13 +62,18 @@ def serve(
         context.exit(_explain(cause))
 
 
-def _at_home(config: Config, where: Path) -> tuple[Daemon, Notifier]:
-    """Make the daemon with what the service manager gave, if there is one."""
-    inherited = take(os.environ)
+def _at_home(path: Path | None) -> tuple[Daemon, Notifier, tuple[str, ...]]:
+    """Make the daemon with what the service manager gave, or one before us."""
+    legacy = receive(take(os.environ))
+    config = legacy.config
+    if config is None:
+        config = Config() if path is None else load(path)
+    where = runtime_dir(config.daemon.runtime_dir)
     notifier = Notifier.from_environment(os.environ)
     keeper = notifier if notifier.connected else None
-    listeners = Listeners(where, inherited, keeper)
-    return Daemon(config, where, listeners=listeners), notifier
+    listeners = Listeners(where, legacy.rest, keeper)
+    daemon = Daemon(config, where, listeners=listeners, predecessor=legacy.predecessor)
+    return daemon, notifier, legacy.stored
 
 
 def _explain(error: BaseException) -> int:

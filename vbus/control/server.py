@@ -114,7 +114,8 @@ class _Client:
             await self._stream(request)
             return
         try:
-            result = await perform(self._daemon, request.op, request.args)
+            with self._daemon.changing():
+                result = await perform(self._daemon, request.op, request.args)
         except (VbusError, OSError) as error:
             await self._fail(request.id, error)
         except Exception as error:  # a bug, most likely of a device

@@ -164,6 +164,17 @@ class ConfigSpace:
         self._bytes = bytearray(self._initial)
         self._bus_master = False
 
+    def save(self) -> bytes:
+        """Give all bytes as they are now, for `resume`."""
+        return bytes(self._bytes)
+
+    def resume(self, saved: bytes) -> None:
+        """Be as another one was of the same layout. Raises InvalidError."""
+        if len(saved) != CONFIG_SIZE:
+            raise InvalidError(f"{len(saved)} bytes are no configuration space")
+        self.reset()
+        self.write(0, saved)
+
     @property
     def bus_master(self) -> bool:
         """The bus master bit of the command register."""

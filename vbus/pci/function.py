@@ -18,6 +18,7 @@ from vbus.errors import InvalidError
 from vbus.pci.config_space import ConfigSpace
 from vbus.pci.constants import Irq, Region
 from vbus.pci.msix import MsixTable
+from vbus.saved import Held, Kept, SavedBridge
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,21 @@ class PciFunction(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Forget the client and all that is the guest's. `memory` is cleared next."""
+
+    @property
+    def busy(self) -> bool:
+        """Is something under way that `save` must not cut?"""
+        return False
+
+    def save(self, kept: Kept) -> SavedBridge:
+        """Give all that is the client's but its memory and interrupts.
+
+        Raises InvalidError: this function cannot be handed to another process.
+        """
+        raise InvalidError(f"{type(self).__name__} cannot be saved")
+
+    def resume(self, saved: SavedBridge, held: Held) -> None:  # noqa: B027
+        """Go on where another one was; it is attached, and has its memory."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -27,6 +27,15 @@ class MsixTable:
         """Mask every vector and forget its message."""
         self._table = bytearray(_ENTRY_AT_RESET * self._vectors)
 
+    def save(self) -> bytes:
+        """Give the table, for `resume`."""
+        return bytes(self._table)
+
+    def resume(self, saved: bytes) -> None:
+        """Take the table of another one."""
+        self.reset()
+        self.write(0, saved)
+
     def read(self, offset: int, size: int) -> bytes:
         """Read `size` bytes; the pending bits and the unused rest are zero."""
         return bytes(self._table[offset : offset + size]).ljust(size, b"\0")

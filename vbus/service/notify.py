@@ -7,6 +7,7 @@ once, so that it still works when sockets can no longer be made (`vbus.isolation
 import logging
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Notifier:
         ConfigError for an address that is neither, and OSError.
         """
         self.watchdog_s = watchdog_s
+        self.environment: dict[str, str] = {}
+        """What `from_environment` took, for who executes this process anew."""
         self._sent = self._lost = 0
         self._socket: socket.socket | None = None
         if not address:
@@ -72,7 +75,10 @@ class Notifier:
             raise ConfigError(f"WATCHDOG_USEC={usec!r} WATCHDOG_PID={pid!r}") from None
         if watchdog_s is not None and watchdog_s <= 0:
             raise ConfigError(f"WATCHDOG_USEC={usec!r} WATCHDOG_PID={pid!r}")
-        return cls(address, watchdog_s)
+        notifier = cls(address, watchdog_s)
+        taken = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": usec, "WATCHDOG_PID": pid}
+        notifier.environment = {key: one for key, one in taken.items() if one}
+        return notifier
 
     @property
     def connected(self) -> bool:
@@ -81,6 +87,11 @@ class Notifier:
     def ready(self) -> None:
         """Everything is there; the manager starts what waits for us."""
         self._send("READY=1")
+
+    def reloading(self) -> None:
+        """It starts anew within this process, and says READY once more."""
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={usec}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1\nSTATUS=Stopping.")

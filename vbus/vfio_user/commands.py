@@ -50,6 +50,10 @@ class DeviceCommands:
         self._allow_truncatable = allow_truncatable
         self._maps = 0
 
+    def count_maps(self) -> None:
+        """Take note of memory that was not mapped by this client's requests."""
+        self._maps = len(self._function.memory.regions())
+
     def handlers(self) -> dict[int, Handler]:
         return {
             Command.DMA_MAP: self._dma_map,

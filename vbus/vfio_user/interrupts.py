@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from shm import Doorbell
 from vbus.errors import InvalidError
 from vbus.pci.constants import IRQ_COUNT, Irq
+from vbus.saved import Held, Kept, SavedInterrupts
 from vbus.vfio_user.wire import (
     IRQ_SET_ACTIONS,
     IRQ_SET_DATA,
@@ -78,6 +79,25 @@ class InterruptTable:
         """Drop what masked vectors remember: it was for the life before a reset."""
         self._pending.clear()
 
+    def save(self, kept: Kept) -> SavedInterrupts:
+        """Give what is set up, for `resume`."""
+        return SavedInterrupts(
+            tuple(
+                (*key, kept.keep(doorbell.fileno()))
+                for key, doorbell in self._doorbells.items()
+            ),
+            tuple(self._masked),
+            tuple(self._pending),
+        )
+
+    def resume(self, saved: SavedInterrupts, held: Held) -> None:
+        """Set up what another one had, raising nothing. Raises InvalidError."""
+        for index, vector, fd in saved.eventfds:
+            self._check(index, vector)
+            self._doorbells[index, vector] = Doorbell.adopt(held.take(fd))
+        self._masked.update(saved.masked)
+        self._pending.update(saved.pending)
+
     def close(self) -> None:
         """Forget everything and close all eventfds."""
         for doorbell in self._doorbells.values():
@@ -95,6 +115,11 @@ class InterruptTable:
                 f" {request.irq}, which has {limit}"
             )
         return range(request.start, end)
+
+    def _check(self, index: int, vector: int) -> None:
+        known = index < IRQ_COUNT and vector < self._irq_count(index)
+        if not known or (index, vector) in self._doorbells:
+            raise InvalidError(f"vector {vector} of IRQ {index}, or a second one")
 
     def _disable(self, index: int, action: int) -> None:
         if action != IrqSetFlag.ACTION_TRIGGER:

@@ -16,8 +16,9 @@ from typing import Any
 
 import trio
 
-from vbus.errors import NoDeviceError, ProtocolError
+from vbus.errors import InvalidError, NoDeviceError, ProtocolError, VbusError
 from vbus.pci.function import PciFunction
+from vbus.saved import Held, Kept, SavedClient
 from vbus.sockets import Listeners, Peer, peer_of
 from vbus.vfio_user import wire
 from vbus.vfio_user.session import Session
@@ -43,7 +44,8 @@ class VfioUserServer:
     given to that user. `name` is for log lines. `allow_truncatable` takes guest
     memory whose file could shrink, which then ends this process by SIGBUS. With
     `spin_us` the server looks for the next message up to that long before it sleeps.
-    `listeners` may have the socket already.
+    `listeners` may have the socket already. A client that another process served is
+    `resumed`, with descriptors from `held`.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class VfioUserServer:
         allow_truncatable: bool = False,
         spin_us: float = 0,
         listeners: Listeners | None = None,
+        resumed: SavedClient | None = None,
+        held: Held | None = None,
     ) -> None:
         self.function = function
         self.path = Path(path)
@@ -67,6 +71,9 @@ class VfioUserServer:
         self._allow_truncatable = allow_truncatable
         self._spin_us = spin_us
         self._listeners = Listeners() if listeners is None else listeners
+        self._resumed = resumed
+        self._held = Held() if held is None else held
+        self._paused = False
         self._counters = Counters()
         self._at_attach = self._counters.frozen(None, 0, 0)
         self._session: Session | None = None
@@ -87,6 +94,8 @@ class VfioUserServer:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.function.run)
+                if self._resumed is not None:
+                    self._resume(self._resumed, nursery)
                 task_status.started()
                 while True:
                     await self._accept(listener.sock, nursery)
@@ -168,7 +177,46 @@ class VfioUserServer:
             return 0, ""
         return errno.EBUSY, "another client is attached"
 
-    def _start(self, sock: FdSocket, peer: Peer, nursery: trio.Nursery) -> None:
+    def _resume(self, saved: SavedClient, nursery: trio.Nursery) -> None:
+        """Go on with a client; one whose state makes no sense is cut off."""
+        self._resumed = None
+        try:
+            sock = _connected(self._held.take(saved.stream.socket))
+        except (VbusError, OSError) as error:
+            self._log.warning("its client was not taken over: %s", error)
+            return
+        session = self._start(FdSocket(sock, wire.MAX_MSG_FDS), peer_of(sock), nursery)
+        try:
+            session.resume(saved, self._held)
+        except (VbusError, OSError) as error:
+            self._log.warning("its client cannot be taken over: %s", error)
+            session.end()
+
+    def pause(self) -> None:
+        """Take no more messages of the client, be it one that attaches now."""
+        self._paused = True
+        if self._session is not None:
+            self._session.pause()
+
+    def unpause(self) -> None:
+        """Go on taking messages."""
+        self._paused = False
+        if self._session is not None:
+            self._session.unpause()
+
+    @property
+    def busy(self) -> bool:
+        """Is a request of the client under way?"""
+        return self._session is not None and self._session.busy
+
+    def save(self, kept: Kept) -> SavedClient | None:
+        """Give the paused client's state; None: there is none worth to be kept.
+
+        Raises InvalidError: the function cannot be saved.
+        """
+        return None if self._session is None else self._session.save(kept)
+
+    def _start(self, sock: FdSocket, peer: Peer, nursery: trio.Nursery) -> Session:
         self._counters.clients += 1
         self._at_attach = self._counters.frozen(peer, 0, 0)
         self._peer = peer
@@ -181,7 +229,10 @@ class VfioUserServer:
             allow_truncatable=self._allow_truncatable,
             spin_us=self._spin_us,
         )
+        if self._paused:
+            self._session.pause()
         nursery.start_soon(self._run, self._session)
+        return self._session
 
     async def _run(self, session: Session) -> None:
         self._log.info("client connected: %s", self._peer)
@@ -232,6 +283,19 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         return f"{self._name}: {msg}", kwargs
+
+
+def _connected(fd: int) -> socket.socket:
+    """Own a socket of a client. Raises InvalidError for anything else, closed then."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        sock.close()
+        raise InvalidError("its connection is no unix socket")
+    return sock
 
 
 def _hung_up(sock: FdSocket) -> bool:

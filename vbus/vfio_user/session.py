@@ -23,6 +23,7 @@ from vbus.errors import (
 from vbus.pci.constants import REGION_COUNT, Region
 from vbus.pci.function import PciFunction, Pending
 from vbus.pci.pending import settle
+from vbus.saved import Held, Kept, SavedClient, SavedStream
 from vbus.vfio_user import wire
 from vbus.vfio_user.commands import Answer, DeviceCommands, UnsupportedError
 from vbus.vfio_user.statistics import Counters
@@ -91,6 +92,10 @@ class Session:
         self._connection = wire.Connection()
         self._client = wire.Capabilities()
         self._versioned = trio.Event()
+        self._receiving = trio.CancelScope()
+        self._unpaused = trio.Event()
+        self._unpaused.set()
+        self._over = trio.CancelScope()
         self._settled = trio.lowlevel.ParkingLot()
         self._waiters: dict[int, _Waiter] = {}
         self._handlers = self.commands.handlers()
@@ -104,18 +109,93 @@ class Session:
     async def run(self) -> None:
         """Serve until the client leaves or breaks the protocol; then clean up."""
         try:
-            async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._socket.run_sender)
-                self._nursery.start_soon(self._expect_version)
-                try:
-                    await self._receive()
-                except ProtocolError as error:
-                    self._counters.protocol_errors += 1
-                    self._log.warning("connection ended: %s", error)
-                self._nursery.cancel_scope.cancel()
+            with self._over:
+                await self._run()
         finally:
             self._clean_up()
             self.ended.set()
+
+    async def _run(self) -> None:
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._socket.run_sender)
+            self._nursery.start_soon(self._expect_version)
+            try:
+                await self._receive_unless_paused()
+            except ProtocolError as error:
+                self._counters.protocol_errors += 1
+                self._log.warning("connection ended: %s", error)
+            self._nursery.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """Let `run` end at once, be it not begun."""
+        self._over.cancel()
+
+    # Being replaced
+
+    def pause(self) -> None:
+        """Take no more messages; those that are under way go on."""
+        self._unpaused = trio.Event()
+        self._receiving.cancel()
+
+    def unpause(self) -> None:
+        """Go on."""
+        self._unpaused.set()
+
+    @property
+    def busy(self) -> bool:
+        """Is a request under way, or something that the function does for it?"""
+        return self.pending > 0 or self._function.busy
+
+    def save(self, kept: Kept) -> SavedClient | None:
+        """Give what `resume` needs; None if the client has not said VERSION yet.
+
+        Raises InvalidError: the function cannot be saved.
+        """
+        if not self._versioned.is_set():
+            return None
+        return SavedClient(
+            self._save_stream(kept),
+            self._client.max_msg_fds,
+            self._client.max_data_xfer_size,
+            self.commands.interrupts.save(kept),
+            self._function.save(kept),
+        )
+
+    def _save_stream(self, kept: Kept) -> SavedStream:
+        partial, its_fds = self._connection.partial
+        next_id, outstanding = self._connection.requests
+        return SavedStream(
+            kept.keep(self._socket.fileno()),
+            partial,
+            tuple(map(kept.keep, its_fds)),
+            tuple(
+                (data, tuple(map(kept.keep, fds)))
+                for data, fds in self._socket.unsent()
+            ),
+            next_id,
+            outstanding,
+        )
+
+    def resume(self, saved: SavedClient, held: Held) -> None:
+        """Go on where another process was; its socket is ours already. Then `run`.
+
+        Raises a VbusError for what cannot be; then `run` ends the connection.
+        """
+        stream = saved.stream
+        for data, its_fds in stream.unsent:
+            self._socket.send_again(data, [held.take(fd) for fd in its_fds])
+        self._connection.resume(stream.next_id, stream.outstanding)
+        fds = [held.take(fd) for fd in stream.partial_fds]
+        for message in self._connection.feed(stream.partial, fds):
+            close_all(message.fds)
+            raise ProtocolError("a whole message among what was half received")
+        self._client = wire.Capabilities(saved.max_msg_fds, saved.max_data_xfer_size)
+        self.commands.client_max_fds = saved.max_msg_fds
+        self.commands.interrupts.resume(saved.interrupts, held)
+        self._function.attach(self.commands.interrupts)
+        self._versioned.set()
+        self._function.resume(saved.bridge, held)
+        self.commands.count_maps()
 
     def _clean_up(self) -> None:
         close_all(self._connection.abandon())
@@ -144,6 +224,13 @@ class Session:
             return
         self._log.warning("no VERSION within %s s", _VERSION_TIMEOUT_S)
         self._nursery.cancel_scope.cancel()
+
+    async def _receive_unless_paused(self) -> None:
+        while True:
+            await self._unpaused.wait()
+            with trio.CancelScope() as self._receiving:
+                await self._receive()
+                return
 
     async def _receive(self) -> None:
         handled = 0

@@ -130,6 +130,15 @@ class FdSocket:
                 return
             self._queue.popleft()
 
+    def unsent(self) -> tuple[tuple[bytes, list[int]], ...]:
+        """Give what the kernel has not taken yet; all of it stays ours."""
+        return tuple(self._queue)
+
+    def send_again(self, data: bytes, fds: list[int]) -> None:
+        """Queue what another one could not send; the descriptors are ours now."""
+        self._queue.append((data, fds))
+        self._queued_bytes += len(data)
+
     def _forget_queue(self) -> None:
         while self._queue:
             close_all(self._queue.popleft()[1])

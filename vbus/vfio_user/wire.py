@@ -11,7 +11,7 @@ to be had from here.
 import errno as _errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vbus.errors import BusyError, InvalidError, ProtocolError
@@ -165,6 +165,21 @@ class Connection:
         """Give up the descriptors no returned message owns; the caller closes them."""
         fds, self._fds = self._fds, []
         return fds
+
+    @property
+    def partial(self) -> tuple[bytes, tuple[int, ...]]:
+        """Bytes of a message that is not complete, and its descriptors."""
+        return bytes(self._partial), tuple(self._fds)
+
+    @property
+    def requests(self) -> tuple[int, dict[int, int]]:
+        """Our next id, and the command of each request that is not answered."""
+        return self._next_id, dict(self._outstanding)
+
+    def resume(self, next_id: int, outstanding: Mapping[int, int]) -> None:
+        """Go on where another one was with its requests."""
+        self._next_id = next_id % _IDS
+        self._outstanding.update(outstanding)
 
     def _feed(self, data: bytes, fds: Sequence[int], messages: list[Message]) -> None:
         if self.broken is not None:
