@@ -112,6 +112,19 @@ def _parse_words(value: object) -> tuple[str, ...]:
     return tuple(str(word).strip() for word in value)
 
 
+def _parse_terminal(value: object) -> str:
+    """Take columns and rows, as 80x25."""
+    columns, times, rows = str(value).partition("x")
+    if not times:
+        raise InvalidError(f"{value!r} is not COLUMNSxROWS")
+    return f"{_between(columns, 1, 0xFFFF)}x{_between(rows, 1, 0xFFFF)}"
+
+
+def _columns_and_rows(terminal: str) -> tuple[int, int]:
+    columns, rows = terminal.split("x")
+    return int(columns), int(rows)
+
+
 def _parse_places(value: object) -> tuple[str, ...]:
     places = _parse_words(value)
     for place in places:
@@ -276,6 +289,12 @@ class VirtioConsoleDevice(VirtioOnBus):
         default=_UNNAMED,
         doc="the ports' names; the first is a console",
     )
+    terminal = attribute(
+        _parse_terminal,
+        default="80x25",
+        writable=True,
+        doc="columns and rows of the first port",
+    )
 
     model: VirtioConsole
     places: _Words = ()
@@ -296,12 +315,16 @@ class VirtioConsoleDevice(VirtioOnBus):
                     for number, (channel, name) in enumerate(
                         zip(channels, names, strict=True)
                     )
-                ]
+                ],
+                size=_columns_and_rows(self.terminal),
             )
         except BaseException:
             for channel in channels:
                 channel.close()
             raise
+
+    def attribute_changed(self, name: str) -> None:
+        self.model.resize(*_columns_and_rows(self.terminal))
 
     def released(self) -> None:
         for port in self.model.ports:

@@ -191,6 +191,19 @@ async def test_a_card_has_a_tap_to_itself(model: BusModel) -> None:
     model.remove_device("a")
 
 
+def test_a_terminals_size_is_configuration(model: BusModel) -> None:
+    device = model.add_device("con0", "console", {"terminal": "132x43"})
+    assert isinstance(device, VirtioConsoleDevice)
+    config = device.model.config
+    assert (config.number("cols"), config.number("rows")) == (132, 43)
+    model.set_attribute("con0", "terminal", "80x24")
+    assert (config.number("cols"), config.number("rows")) == (80, 24)
+    for wrong in ("80", "0x25", "axb"):
+        with pytest.raises(InvalidError):
+            model.set_attribute("con0", "terminal", wrong)
+    model.remove_device("con0")
+
+
 async def test_a_consoles_places_are_checked_and_found(
     model: BusModel, tmp_path: Path
 ) -> None:
