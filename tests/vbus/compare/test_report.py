@@ -49,6 +49,7 @@ def with_measurements(report: Report) -> Report:
         "hot_remove": missing("us", "no slot"),
         "interrupts_per_1000": measured(30, "interrupts"),
     }
+    in_machine = {"bring_up": measured(9e6), "tcp_out": measured(3e8, "bit/s")}
     return msgspec.structs.replace(
         report,
         measured=Measured(
@@ -56,6 +57,7 @@ def with_measurements(report: Report) -> Report:
             points=[
                 MeasuredPoint("vbus-bridge", "process", 8, None, found),
                 MeasuredPoint("function-each", "process", 8, "too many files", {}),
+                MeasuredPoint("function-each", "machine", 8, None, in_machine),
             ],
             loads=[MeasuredLoad("vbus-bridge", "process", 8, 4, found)],
             not_measured={"boot": "no machine"},
