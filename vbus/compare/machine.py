@@ -39,7 +39,7 @@ DRIVER_MIB = 384
 MORE_KIB = 192
 """Memory for the bridge's drivers: of the cards, and of each device beyond."""
 READY_S = 150.0
-TRIPS, URGENT_TRIPS, MESSAGES = 200, 150, 1000
+TRIPS, URGENT_TRIPS, MESSAGES = 200, 100, 1000
 TCP_S = 1.5
 HOST = "10.89.255.1"
 NET = 16
@@ -164,6 +164,11 @@ class Functions(MachineWay):
 
     name = "function-each"
 
+    def __init__(self, count: int) -> None:
+        """Raises SubjectError if there are not so many slots."""
+        super().__init__(count)
+        self.bridges = bridges_for(count)
+
     async def add(
         self, host: Host, number: int, *, card: bool, layout: str = "modern"
     ) -> None:
@@ -174,13 +179,12 @@ class Functions(MachineWay):
         )
 
     def arguments(self, host: Host) -> list[str]:
-        bridges = bridges_for(self.count)
         found = []
-        for number in range(bridges):
+        for number in range(self.bridges):
             slot = f"addr={_SLOTS[number]:x}.0"
             found += ["-device", f"i82801b11-bridge,id=b{number},bus=pcie.0,{slot}"]
         for number in range(self.count):
-            found += _function(host, number, **place(number, bridges))
+            found += _function(host, number, **place(number, self.bridges))
         return found
 
     async def start(self, vm: VirtualMachine) -> None:
