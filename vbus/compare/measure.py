@@ -45,7 +45,7 @@ HOT = 8
 """Devices that come and go while the guest runs."""
 ROUND_S = 180.0
 MACHINE_ROUNDS = 3
-BUDGET_S = 450.0
+BUDGET_S = 330.0
 """A machine takes ten times as long as a process: so many rounds of it at most, and
 after so many seconds none but the first of each."""
 LOADED_DEVICES = 32
