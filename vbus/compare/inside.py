@@ -36,6 +36,24 @@ def set_up(cards: list[list[str]], within_s: float) -> list[str]:
     return [names[mac] for mac, _ in cards]
 
 
+def appears(mac: str, within_s: float) -> None:
+    """Wait until there is an interface with this address."""
+    import time
+    from pathlib import Path
+
+    end = time.monotonic() + within_s
+    while True:
+        for path in Path("/sys/class/net").glob("*/address"):
+            try:
+                if path.read_text().strip() == mac:
+                    return
+            except OSError:
+                continue  # it has gone meanwhile
+        if time.monotonic() > end:
+            raise TimeoutError(f"no interface with the address {mac}")
+        time.sleep(0.002)
+
+
 def drivers(least: int, within_s: float) -> None:
     """Wait until so many functions of ours have a driver that is ready."""
     import time

@@ -7,6 +7,7 @@ is. It ends when its stdin does. How many rounds there are is for `measure.py`.
 
 import json
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -38,7 +39,7 @@ MEMORY_MIB = 1024
 DRIVER_MIB = 384
 MORE_KIB = 192
 """Memory for the bridge's drivers: of the cards, and of each device beyond."""
-READY_S = 150.0
+READY_S = 120.0
 TRIPS, URGENT_TRIPS, MESSAGES = 200, 100, 1000
 TCP_S = 1.5
 HOST = "10.89.255.1"
@@ -136,13 +137,16 @@ class Bridge(MachineWay):
             await self._until("running")
 
     async def _until(self, state: str) -> None:
-        async for line in self.process:
-            said = json.loads(line)
-            if said["event"] == "device":
-                if said["state"] == "failed":
-                    raise SubjectError(f"{said['name']}: {said['detail']}")
-                if said["state"] == state:
-                    return
+        with trio.move_on_after(READY_S) as limit:
+            async for line in self.process:
+                said = json.loads(line)
+                if said["event"] == "device":
+                    if said["state"] == "failed":
+                        raise SubjectError(f"{said['name']}: {said['detail']}")
+                    if said["state"] == state:
+                        return
+        if limit.cancelled_caught:
+            raise SubjectError(f"no device was {state} for {READY_S:g} s")
         said = self.process.stderr.decode(errors="replace").strip()
         raise SubjectError(f"the guest's drivers ended: {said}")
 
@@ -197,16 +201,12 @@ class Functions(MachineWay):
     async def _plug(
         self, host: Host, vm: VirtualMachine, number: int, layout: str, port: int
     ) -> float:
-        watch = await vm.start("ip", "-o", "monitor", "link")
-        try:
-            began = time.perf_counter()
-            await self.add(host, number, card=True, layout=layout)
-            [_, text] = _function(host, number, bus=f"port{port}")
-            await vm.qmp.execute("device_add", **json.loads(text))
-            await _line(watch, mac(number))
-            return (time.perf_counter() - began) * 1e6
-        finally:
-            watch.end()
+        began = time.perf_counter()
+        await self.add(host, number, card=True, layout=layout)
+        [_, text] = _function(host, number, bus=f"port{port}")
+        await vm.qmp.execute("device_add", **json.loads(text))
+        await vm.python(inside.appears, mac(number), READY_S, timeout_s=READY_S + 10)
+        return (time.perf_counter() - began) * 1e6
 
     async def unplug(self, host: Host, vm: VirtualMachine, number: int) -> float:
         other = number + HOT
@@ -260,14 +260,6 @@ def place(number: int, bridges: int) -> dict[str, object]:
         number %= _BEHIND
     at = f"{first + number // _FUNCTIONS:x}.{number % _FUNCTIONS}"
     return {"bus": bus, "addr": at, "multifunction": True}
-
-
-async def _line(process: GuestProcess, word: str) -> None:
-    with trio.fail_after(READY_S):
-        async for line in process:
-            if word in line:
-                return
-    raise SubjectError(f"{process.what} ended before it told of {word}")
 
 
 async def one_round(way: MachineWay, *, loaded: bool) -> Round:
@@ -397,9 +389,16 @@ async def _until_stdin_ends(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
+async def _until_terminated(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        await anext(signals)
+    scope.cancel()
+
+
 async def _run(way: type[MachineWay], count: int, *, loaded: bool) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_until_stdin_ends, nursery.cancel_scope)
+        for end in (_until_stdin_ends, _until_terminated):
+            nursery.start_soon(end, nursery.cancel_scope)
         try:
             outcome = Outcome(await one_round(way(count), loaded=loaded))
         except* (VbusError, OSError, trio.TooSlowError) as group:

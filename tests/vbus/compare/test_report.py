@@ -229,6 +229,8 @@ def test_a_cost_model_has_every_entry() -> None:
         (1737, "cycles", "1,737"),
         (0, "us", "0 us"),
         (0.5, "us", "0.50 us"),
+        (2.5e9, "bit/s", "2.50 Gbit/s"),
+        (77e6, "bit/s", "77 Mbit/s"),
     ],
 )
 def test_numbers_for_people(value: float, unit: str, text: str) -> None:
