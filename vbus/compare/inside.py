@@ -101,8 +101,11 @@ def interrupts() -> dict[str, int]:
     return {"functions": bound, "vectors": vectors, "shared": shared, "total": total}
 
 
-def trips(name: str, host: str, port: int, count: int) -> list[float]:
-    """Send a small frame and wait for its answer, again and again; microseconds."""
+def trips(name: str, host: str, port: int, count: int, most_s: float) -> list[float]:
+    """Send a small frame and wait for its answer, again and again; microseconds.
+
+    Fewer than `count`, but one, if those take longer than `most_s`.
+    """
     import socket
     import time
 
@@ -111,8 +114,8 @@ def trips(name: str, host: str, port: int, count: int) -> list[float]:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
         one.connect((host, port))
         one.settimeout(1)
-        lost = 0
-        while len(times) < count:
+        lost, end = 0, time.perf_counter() + most_s
+        while len(times) < count and not (times and time.perf_counter() > end):
             began = time.perf_counter()
             one.send(bytes(48))
             try:
@@ -127,11 +130,12 @@ def trips(name: str, host: str, port: int, count: int) -> list[float]:
 
 
 def load(
-    names: list[str], host: str, port: int, in_flight: int, count: int
+    names: list[str], host: str, port: int, in_flight: int, count: int, most_s: float
 ) -> dict[str, float]:
     """Have so many small frames under way, spread over the interfaces.
 
-    Gives the answers that came, the seconds that took and how many were lost.
+    Until `count` were answered, or for `most_s` and one was. Gives the answers that
+    came, the seconds that took and how many were lost.
     """
     import select
     import socket
@@ -152,7 +156,7 @@ def load(
             one.send(bytes(48))
     answers = lost = 0
     began = time.perf_counter()
-    while answers < count:
+    while answers < count and not (answers and time.perf_counter() - began > most_s):
         ready = poll.poll(1000)
         if not ready:  # all that was under way is lost: begin again
             lost += in_flight

@@ -41,7 +41,7 @@ MORE_KIB = 192
 """Memory for the bridge's drivers: of the cards, and of each device beyond."""
 READY_S = 120.0
 TRIPS, URGENT_TRIPS, MESSAGES = 200, 100, 1000
-TCP_S = 1.5
+TCP_S, MOST_S = 1.5, 4.0
 HOST = "10.89.255.1"
 NET = 16
 _FIRST_SLOT, _SLOTS, _FUNCTIONS = 8, range(8, 0x1F), 8
@@ -328,8 +328,8 @@ async def _shown(host: Host, vm: VirtualMachine) -> Values:
 
 async def _traffic(vm: VirtualMachine, names: Sequence[str]) -> Values:
     card = names[-1]
-    await vm.python(inside.trips, card, HOST, ECHO, 20)
-    times = await vm.python(inside.trips, card, HOST, ECHO, TRIPS)
+    await vm.python(inside.trips, card, HOST, ECHO, 20, MOST_S)
+    times = await vm.python(inside.trips, card, HOST, ECHO, TRIPS, MOST_S)
     pushed = await vm.python(inside.push, card, HOST, SINK, TCP_S)
     pulled = await vm.python(inside.pull, card, HOST, SOURCE, TCP_S)
     return {"round_trip": median(times), "tcp_out": pushed, "tcp_in": pulled}
@@ -338,12 +338,16 @@ async def _traffic(vm: VirtualMachine, names: Sequence[str]) -> Values:
 async def _loads(vm: VirtualMachine, names: Sequence[str]) -> dict[int, Values]:
     found = {}
     for name in names:
-        await vm.python(inside.trips, name, HOST, ECHO, 1)  # the ARP table is filled
+        await vm.python(
+            inside.trips, name, HOST, ECHO, 1, MOST_S
+        )  # the ARP table is filled
     for in_flight in IN_FLIGHT:
         if in_flight > 4 * len(names):
             break
         before = await vm.python(inside.interrupts)
-        got = await vm.python(inside.load, names, HOST, ECHO, in_flight, MESSAGES)
+        got = await vm.python(
+            inside.load, names, HOST, ECHO, in_flight, MESSAGES, MOST_S
+        )
         after = await vm.python(inside.interrupts)
         interrupts = after["total"] - before["total"]
         found[in_flight] = {
@@ -362,13 +366,15 @@ async def _urgent(way: MachineWay, vm: VirtualMachine, names: Sequence[str]) -> 
     flooded = list(names[2:])
     async with trio.open_nursery() as nursery:
         flood = partial(
-            vm.python, inside.load, flooded, HOST, ECHO, 4 * len(flooded), 1 << 60
+            vm.python, inside.load, flooded, HOST, ECHO, 4 * len(flooded), 1 << 60, 50
         )
         nursery.start_soon(flood)
         await trio.sleep(1)
         for name, card in (("urgent_first", names[0]), ("urgent_flat", names[1])):
             if name == "urgent_flat" or isinstance(way, Bridge):
-                times = await vm.python(inside.trips, card, HOST, ECHO, URGENT_TRIPS)
+                times = await vm.python(
+                    inside.trips, card, HOST, ECHO, URGENT_TRIPS, 2 * MOST_S
+                )
                 found[name] = median(times)
                 found[f"{name}_high"] = sorted(times)[int(0.99 * (len(times) - 1))]
         nursery.cancel_scope.cancel()
