@@ -6,7 +6,7 @@ and gone with it.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -31,15 +31,31 @@ from vbus.net.interface import check_name, parse_address
 DISABLED = "<disabled>"
 
 
-def _parse_ifname(value: object) -> str:
+def parse_ifname(value: object) -> str:
+    """Take a name for an interface, or none. Raises InvalidError."""
     return check_name(str(value)) if value else ""
 
 
-def _parse_address(value: object) -> str:
+def parse_tap_address(value: object) -> str:
+    """Take an address with its prefix, or none. Raises InvalidError."""
     return str(parse_address(str(value))) if value else ""
 
 
-def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
+class TapHolder(Protocol):
+    """The attributes of a device that say how its TAP is."""
+
+    @property
+    def host_mac(self) -> str: ...
+    @property
+    def mtu(self) -> int: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def spin_us(self) -> int: ...
+
+
+def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
+    """Make the TAP of a device. Raises NoDeviceError, PermissionDeniedError."""
     try:
         tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us))
     except OSError as error:
@@ -60,12 +76,13 @@ def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
     return tap
 
 
-def _reach_of_taps() -> Reach:
+def reach_of_taps() -> Reach:
+    """Give what the process of a device with a TAP needs; asks for its socket now."""
     interface.keep_socket()
     return Reach(write=(Path("/dev/net/tun"),))
 
 
-async def _pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
+async def pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
     """Hand on what the kernel sends, until the TAP is closed.
 
     Raises NoDeviceError when somebody else removed the interface.
@@ -103,9 +120,9 @@ class SwitchTap(Device):
 
     switch = attribute(str, doc="name of the switch")
     ifname = attribute(
-        _parse_ifname, default="", doc="the TAP's name; vbusN if not given"
+        parse_ifname, default="", doc="the TAP's name; vbusN if not given"
     )
-    address = attribute(_parse_address, default="", doc="IPv4 address with prefix")
+    address = attribute(parse_tap_address, default="", doc="IPv4 address with prefix")
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
     mtu = attribute(parse_mtu, default=1500, doc="without the Ethernet header")
     spin_us = attribute(parse_spin, default=SPIN_US, doc="see class venet")
@@ -120,11 +137,11 @@ class SwitchTap(Device):
 
     @classmethod
     def reach(cls, values: Mapping[str, Any]) -> Reach:
-        return _reach_of_taps()
+        return reach_of_taps()
 
     def setup(self) -> None:
         switch = find_switch(self, self.switch)
-        tap = _open_tap(self, self.ifname, up=True)
+        tap = open_tap(self, self.ifname, up=True)
         try:
             port = _TapPort(self.name, tap, self.frames)
             switch.attach(port, MacAddress.parse(self.host_mac))
@@ -150,7 +167,7 @@ class SwitchTap(Device):
                 self.frames.show(self.name, Direction.IN, batch, 0, len(batch))
             switch.forward(port, batch)
 
-        await _pump(port.tap, forward)
+        await pump(port.tap, forward)
 
     def statistics(self) -> TapStatistics | dict[str, int]:
         """A snapshot of the counters."""
@@ -161,9 +178,9 @@ class VenetTap(VenetBase):
     """A venet whose other side is a TAP of the host, without a switch."""
 
     ifname = attribute(
-        _parse_ifname, default="", doc="the TAP's name; vbusN if not given"
+        parse_ifname, default="", doc="the TAP's name; vbusN if not given"
     )
-    address = attribute(_parse_address, default="", doc="IPv4 address with prefix")
+    address = attribute(parse_tap_address, default="", doc="IPv4 address with prefix")
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
     enabled = attribute(
         bool, default=True, writable=True, doc="is the TAP there? The guest is told not"
@@ -180,7 +197,7 @@ class VenetTap(VenetBase):
 
     @classmethod
     def reach(cls, values: Mapping[str, Any]) -> Reach:
-        return _reach_of_taps()
+        return reach_of_taps()
 
     def setup(self) -> None:
         if self.enabled:
@@ -190,7 +207,7 @@ class VenetTap(VenetBase):
         self._disable()
 
     def _enable(self) -> None:
-        self._tap = _open_tap(self, self._wanted, up=bool(self.address))
+        self._tap = open_tap(self, self._wanted, up=bool(self.address))
         self._tap.set_carrier(self.statistics().link_up)
         self.ifname = self._tap.name
         self._there.set(True)
@@ -222,7 +239,7 @@ class VenetTap(VenetBase):
         while True:
             await self._there.wait(True)
             assert self._tap is not None
-            await _pump(self._tap, self._deliver_all)
+            await pump(self._tap, self._deliver_all)
 
     def _deliver_all(self, batch: FrameBatch) -> None:
         self.deliver(batch, 0, len(batch))

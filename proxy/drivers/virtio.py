@@ -5,7 +5,7 @@ NBD socket or device, a pseudo-terminal, the kernel's pool of entropy.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
 
 import msgspec
 
@@ -16,8 +16,12 @@ from proxy.drivers.virtio_net import NetDriver
 from proxy.drivers.virtio_rng import RngDriver
 from proxy.virtio.adapter import BusTransport
 from proxy.virtio.device import VirtioDevice
+from vbus.abi import QUEUE_LIMIT
 from vbus.errors import InvalidError, NoDeviceError
 from vbus.virtio.common import DeviceId
+
+PRIO: Final = "prio"
+Priority = Annotated[int, msgspec.Meta(ge=0, lt=QUEUE_LIMIT)]
 
 
 class KindDriver(Protocol):
@@ -44,9 +48,16 @@ class VirtioDriver:
     """Drives one virtio device behind the bridge."""
 
     def __init__(self, device: DeviceProxy, options: Mapping[str, object]) -> None:
-        """Take options, which the kind's driver checks."""
+        """Take options: `prio`, that of its events; the kind's driver checks the rest.
+
+        Raises InvalidError.
+        """
         self.device = device
-        self.options = options
+        self.options = {key: at for key, at in options.items() if key != PRIO}
+        try:
+            self.prio = msgspec.convert(options.get(PRIO, 0), Priority, strict=False)
+        except msgspec.ValidationError as error:
+            raise InvalidError(f"{device.name}: {PRIO}: {error}") from error
         self.kind: KindDriver | None = None
 
     async def run(self, started: Callable[[str], None]) -> None:
@@ -56,7 +67,7 @@ class VirtioDriver:
         the kind does not have.
         """
         async with self.device.opened():
-            transport = BusTransport(self.device)
+            transport = BusTransport(self.device, self.prio)
             await transport.watch_config()
             identity = await transport.identify()
             found = KINDS.get(identity.device_id)

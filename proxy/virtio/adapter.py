@@ -39,8 +39,10 @@ class _ShmQueueSignal:
 class BusTransport:
     """Reaches a device of type "virtio" that is open."""
 
-    def __init__(self, device: DeviceProxy) -> None:
+    def __init__(self, device: DeviceProxy, prio: int = 0) -> None:
+        """Take the device, and the priority of its queues' events (ABI 5)."""
         self.name = device.name
+        self._prio = prio
         self.space = device.space
         self.config_changed = Wake()
         self._device = device
@@ -120,7 +122,9 @@ class BusTransport:
             at = -(-size // _SIGNAL_ROOM) * _SIGNAL_ROOM
             buffer = self._device.allocate(at + _SIGNAL_ROOM, alignment=_PAGE)
             ShmSignal.format(buffer.view, at)
-            shm = await self._device.shm(index, buffer, signal_offset=at)
+            shm = await self._device.shm(
+                index, buffer, signal_offset=at, prio=self._prio
+            )
             assert shm.signal is not None
             shm.signal.enable()
             self._memory[index] = buffer, shm

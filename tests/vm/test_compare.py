@@ -10,11 +10,15 @@ from typing import TypeVar
 
 import pytest
 
+from tests.system.served import Served
 from tests.vm.conftest import Boot, Daemon
 from tests.vm.test_function import CONFIG, CONFIG_SPACE, devices
+from tests.vm.test_virtio_linux import device, function_of
 from vbus.compare.layouts import LAYOUTS, Laid, lay_out
 from vbus.compare.pci import BarShape, Bus, Function, Kind
 from vbus.compare.platforms import Q35, Platform
+from vbus.vm.arguments import bridge_device
+from vbus.vm.machine import VirtualMachine
 
 # The channel to the test's agent: a transitional virtio function in slot 1.
 AGENT = (
@@ -35,9 +39,26 @@ CASES = [
 # SeaBIOS gives the SMBus ports like any other function, then moves it to these.
 SMBUS, SMBUS_PORTS = (0, 0x1F, 3), {(0x700, 0x73F)}
 
+# Proposals that our server builds, by the name of its layout; no driver binds to them.
+PROPOSALS = {
+    "four-bar": "four-bar",
+    "mirrored": "mirrored",
+    "offsets-capability": "offsets",
+    "offsets-table": "offsets-table",
+}
+PROPOSED = [(name, 30) for name in PROPOSALS] + [("four-bar", 1), ("four-bar", 8)]
+
+ADDRESS = r"0000:\w\w:\w\w\.\d"
+REGION = re.compile(
+    r"Region \d: (Memory|I/O ports) at (\w+).*\[size=(\w+)\]",
+)
+WINDOW = re.compile(r"(?:I/O|emory) behind bridge: (\w+)-(\w+) (?!.*\[disabled\])")
+
 T = TypeVar("T")
 Place = tuple[int, int, int]
 """Bus, slot, function."""
+Ranges = dict[Place, set[tuple[int, int]]]
+"""First and last address of what each function has."""
 
 
 def arguments(laid: Laid) -> list[str]:
@@ -68,29 +89,15 @@ def place(bus: Bus, function: Function) -> Place:
     return bus.number, *function.address
 
 
-def predicted(laid: Laid) -> dict[Place, set[tuple[int, int]]]:
+def predicted(laid: Laid) -> Ranges:
     """Give each function's BARs and windows, as first and last address."""
     places = {f.name: place(bus, f) for bus, f in laid.topology.functions()}
-    found: dict[Place, set[tuple[int, int]]] = {at: set() for at in places.values()}
+    found: Ranges = {at: set() for at in places.values()}
     for bar in laid.placement.bars:
         found[places[bar.function]].add((bar.range.start, bar.range.end - 1))
     for window in laid.placement.windows:
         found[places[window.bridge]].add((window.range.start, window.range.end - 1))
     return {**found, SMBUS: SMBUS_PORTS}
-
-
-def resources() -> dict[str, list[list[int]]]:
-    """In the guest: the resources of each function, without what is empty."""
-    from pathlib import Path
-
-    found = {}
-    for path in Path("/sys/bus/pci/devices").iterdir():
-        lines = (path / "resource").read_text().split("\n")
-        ranges = [
-            [int(word, 16) for word in line.split()[:2]] for line in lines if line
-        ]
-        found[path.name] = [one for one in ranges if one[1]]
-    return found
 
 
 def vectors() -> dict[str, int]:
@@ -109,14 +116,64 @@ def seen_at(found: dict[str, T]) -> dict[Place, T]:
     }
 
 
-def seen(found: dict[str, list[list[int]]]) -> dict[Place, set[tuple[int, int]]]:
-    places = seen_at(found)
-    return {at: {(low, high) for low, high in ranges} for at, ranges in places.items()}
+def by_lspci(text: str) -> tuple[Ranges, dict[int, Place], dict[Place, int]]:
+    """Read `lspci -D -vv`: BARs and windows, bridges by the bus behind them, and how
+    many MSI-X vectors each function has."""
+    found: Ranges = {}
+    bridges: dict[int, Place] = {}
+    tables: dict[Place, int] = {}
+    for block in filter(None, re.split(r"\n\n+", text)):
+        [at] = seen_at({block.split()[0]: None})
+        ranges = found.setdefault(at, set())
+        for kind, start, size in REGION.findall(block):
+            ranges.add(sized(int(start, 16), size))
+            assert kind in ("Memory", "I/O ports")
+        for low, high in WINDOW.findall(block):
+            ranges.add((int(low, 16), int(high, 16)))
+        if behind := re.search(r"secondary=([0-9a-f]{2})", block):
+            bridges[int(behind[1], 16)] = at
+        if table := re.search(r"MSI-X: Enable. Count=(\d+)", block):
+            tables[at] = int(table[1])
+    return found, bridges, tables
 
 
-def differences(
-    want: dict[Place, set[tuple[int, int]]], got: dict[Place, set[tuple[int, int]]]
-) -> str:
+def sized(start: int, size: str) -> tuple[int, int]:
+    """Take lspci's size: 64, 4K, 2M."""
+    shift = {"K": 10, "M": 20, "G": 30}.get(size[-1], 0)
+    return start, start + (int(size.rstrip("KMG")) << shift) - 1
+
+
+def by_proc(text: str, bridges: dict[int, Place]) -> Ranges:
+    """Read /proc/iomem or /proc/ioports: what is a function's, what is a bridge's."""
+    found: Ranges = {}
+    for low, high, owner in re.findall(r"^ *(\w+)-(\w+) : (.*)$", text, re.M):
+        if re.fullmatch(ADDRESS, owner):
+            [at] = seen_at({owner: None})
+        elif (bus := re.fullmatch(r"PCI Bus 0000:(\w+)", owner)) and bus[1] != "00":
+            at = bridges[int(bus[1], 16)]
+        else:
+            continue
+        found.setdefault(at, set()).add((int(low, 16), int(high, 16)))
+    return found
+
+
+async def check_ranges(vm: VirtualMachine, want: Ranges) -> dict[Place, int]:
+    """Hold lspci's text and the kernel's own lists against what was predicted; give
+    the size of each function's MSI-X table."""
+    text = (await vm.run("lspci", "-D", "-vv")).stdout
+    ranges, bridges, tables = by_lspci(text)
+    assert not differences(want, ranges), text
+    listed: Ranges = {at: set() for at in want}
+    for name in ("iomem", "ioports"):
+        for at, few in by_proc(
+            (await vm.run("cat", f"/proc/{name}")).stdout, bridges
+        ).items():
+            listed[at] = listed.get(at, set()) | few
+    assert not differences(want, listed)
+    return tables
+
+
+def differences(want: Ranges, got: Ranges) -> str:
     """Say in hex where they differ; nothing if they do not."""
     return "\n".join(
         f"{at}: predicted {shown(want.get(at))}, seen {shown(got.get(at))}"
@@ -139,7 +196,7 @@ async def test_what_the_model_predicts_is_what_a_guest_sees(
     async with boot(
         iommu=None, extra=arguments(laid), words=("guest.modules=virtio_net",)
     ) as vm:
-        assert not differences(predicted(laid), seen(await vm.python(resources)))
+        tables = await check_ranges(vm, predicted(laid))
         taken = seen_at(await vm.python(vectors))
         members = {f.name: place(bus, f) for bus, f in laid.topology.functions()}
         got_each = {one.name: taken.get(members[one.name]) for one in laid.members}
@@ -147,11 +204,13 @@ async def test_what_the_model_predicts_is_what_a_guest_sees(
         want = {one.name: next(iter(one.vectors), None) for one in laid.members}
         assert got_each == want
         assert laid.interrupts.vectors == sum(filter(None, want.values()))
+        sizes = {one.name: tables.get(members[one.name], 0) for one in laid.members}
+        assert all(sizes[name] >= (count or 0) for name, count in want.items())
         interrupts = (await vm.run("cat", "/proc/interrupts")).stdout
         assert len(re.findall(r"virtio\d+-(?:in|out)put\.\d", interrupts)) == 2 * count
 
 
-@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("count", [1, 8, 30])
 async def test_the_bridges_prediction_is_what_a_guest_sees(
     daemon: Daemon, boot: Boot, count: int
 ) -> None:
@@ -159,7 +218,54 @@ async def test_the_bridges_prediction_is_what_a_guest_sees(
     laid = lay_out(LAYOUTS["vbus-bridge"], count, MACHINE)
     served = daemon(CONFIG + devices(count))
     async with boot(served.socket("vm1"), iommu=None) as vm:
-        assert not differences(predicted(laid), seen(await vm.python(resources)))
+        tables = await check_ranges(vm, predicted(laid))
+        [one] = laid.members
+        assert [
+            tables[place(bus, f)] for bus, f in laid.topology.functions() if f is one
+        ] == [one.vectors[0]]
+
+
+@pytest.mark.parametrize(("name", "count"), PROPOSED)
+async def test_the_proposals_of_2012_take_what_is_predicted(
+    daemon: Daemon, boot: Boot, name: str, count: int
+) -> None:
+    """R21, R22, R23, R62: the register layouts that no driver knows, as our own server
+    builds them: every BAR at its predicted address."""
+    laid = lay_out(LAYOUTS[name], count, MACHINE)
+    layout = PROPOSALS[name]
+    served = daemon(
+        '[[device]]\nname = "lan0"\nclass = "switch"\n'
+        + "".join(
+            device(f"net{number}", "virtio-net", layout, switch="lan0")
+            for number in range(count)
+        )
+    )
+    async with boot(iommu=None, extra=exposed(laid, served)) as vm:
+        tables = await check_ranges(vm, predicted(laid))
+        members = [f for f in laid.members if f.vectors]
+        places = {f.name: place(bus, f) for bus, f in laid.topology.functions()}
+        assert len(members) == count
+        assert all(tables[places[f.name]] >= f.vectors[0] for f in members)
+
+
+def exposed(laid: Laid, served: Served) -> list[str]:
+    """Give QEMU our functions, each at its place, and the bridges to them."""
+    below = {bus: f"b{number}" for number, bus in enumerate(laid.topology.buses)}
+    found, number = [], 0
+    for bus, function in laid.topology.functions():
+        if not function.group:
+            continue
+        _, slot, index = place(bus, function)
+        above = "pcie.0" if bus.parent is None else below[bus]
+        at = f"{slot:x}.{index}"
+        if function.below is not None:
+            about = f"id={below[function.below]},bus={above},addr={at}"
+            found += ["-device", f"i82801b11-bridge,{about}"]
+            continue
+        socket, name = function_of(served, f"net{number}"), f"n{number}"
+        found += bridge_device(socket, name, bus=above, addr=at)
+        number += 1
+    return found
 
 
 def functions(count: int) -> str:

@@ -13,6 +13,7 @@ from vbus.compare import run, table, words
 from vbus.compare.costs import PUBLISHED, TITLES, check
 from vbus.compare.platforms import PLATFORMS, Q35
 from vbus.compare.result import Costs, Report, encode, load
+from vbus.errors import NoDeviceError
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -58,11 +59,17 @@ def _devices(
     help="Measure both ways as well, with daemons and guests started for it.",
 )
 @click.option(
+    "--guests",
+    type=click.Choice(["process", "vm", "both"]),
+    help="What is measured: guests that are processes, virtual machines, or both."
+    "  [default: both, if machines are to be had; vm fetches what is missing]",
+)
+@click.option(
     "--rounds",
     type=click.IntRange(1, 99),
     default=run.ROUNDS,
     show_default=True,
-    help="How often each measurement is repeated.",
+    help="How often each measurement is repeated; on machines three times at most.",
 )
 @click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a number a line.")
@@ -74,6 +81,7 @@ def compare(
     devices: tuple[int, ...],
     costs_file: Path | None,
     measured: bool,
+    guests: str | None,
     rounds: int,
     as_json: bool,
     as_csv: bool,
@@ -92,7 +100,7 @@ def compare(
     with _progress(run.STEPS) as step:
         report = run.model(PLATFORMS[platform], costs, devices, step)
     if measured and not report.interrupted:
-        report = _measure(report, devices, rounds)
+        report = _measure(report, devices, guests, rounds)
     _write_html(report, html_file)
     if as_json:
         click.echo(encode(report), nl=False)
@@ -127,11 +135,27 @@ def _load(path: Path) -> Costs:
     return check(load(path, Costs))
 
 
-def _measure(report: Report, devices: tuple[int, ...], rounds: int) -> Report:
-    from vbus.compare import measure
+def _measure(
+    report: Report, devices: tuple[int, ...], guests: str | None, rounds: int
+) -> Report:
+    from vbus.compare import machines, measure
 
-    with _progress(measure.steps(devices, rounds)) as step:
-        found, interrupted = measure.measure(devices, rounds, step)
+    kinds = {"process": [measure.PROCESS], "vm": [measure.MACHINE]}
+    chosen = kinds.get(guests or "both", [measure.PROCESS, measure.MACHINE])
+    why = ""
+    if measure.MACHINE in chosen:
+        if guests is not None:
+            machines.prepare(lambda what: click.echo(what, err=True))
+        why = machines.unavailable()
+        if why and guests is not None:
+            raise NoDeviceError(f"no virtual machine here: {why}")
+    if why:
+        click.echo(f"processes only, no virtual machine: {why}", err=True)
+        chosen = [measure.PROCESS]
+    subjects = measure.subjects(chosen, rounds)
+    with _progress(measure.steps(devices, subjects)) as step:
+        missing = {"virtual machines": why} if why else {}
+        found, interrupted = measure.measure(devices, subjects, step, missing)
     return msgspec.structs.replace(report, measured=found, interrupted=interrupted)
 
 

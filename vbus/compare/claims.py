@@ -13,12 +13,15 @@ from vbus.compare.layouts.base import find_limit
 from vbus.compare.pci import Function, Topology
 from vbus.compare.platforms import BARE, Q35
 from vbus.compare.registers import legacy_config
+from vbus.compare.remap import VirtualBar, reached
 from vbus.compare.result import Claim, modelled
+from vbus.compare.segments import SegmentedSpace
 from vbus.compare.space import ExhaustedError, Space
 
 _KVM_2013 = "kvm list, February to April 2013"
 _KVM_2020 = "kvm list, August 2020"
 _VIRTIO_2012 = "virtualization list, September to October 2012"
+_KVM_2011 = "kvm and linuxppc lists, August 2011"
 _LKML_2009 = "LKML, August 2009"
 HOLE_READS = 8193
 
@@ -136,6 +139,26 @@ def _config() -> Iterator[Claim]:
         )
 
 
+def _remapped() -> Iterator[Claim]:
+    space = SegmentedSpace("MMIO", 0xC000_0000, 1 << 30)
+    groups = [f"group {number}" for number in range(32)]
+    bars = [
+        VirtualBar(space, group, space.take(0x4000, group, group)) for group in groups
+    ]
+    bases = [space.start + number * space.segment for number in range(-1, 129)]
+    asked, got = reached(bars, bases)
+    yield Claim(
+        "R53",
+        "a guest cannot remap itself out of its bounds",
+        _KVM_2011,
+        "0",
+        modelled(got, "addresses"),
+        got == 0 < asked,
+        f"32 groups' BARs written with 130 addresses each; {asked:,} of these would"
+        " have been outside",
+    )
+
+
 def _constant() -> Iterator[Claim]:
     bridge = LAYOUTS["vbus-bridge"]
     one, many = (lay_out(bridge, count, Q35) for count in (1, 2000))
@@ -159,5 +182,6 @@ _ALL: tuple[Callable[[], Iterator[Claim]], ...] = (
     _flat,
     _holes,
     _config,
+    _remapped,
     _constant,
 )

@@ -86,20 +86,23 @@ def _origin(report: Report) -> str:
     return "modelled, except those of real guests, which were measured"
 
 
-def _measured(found: Measured) -> Iterator[str]:
+def _measured(everything: Measured) -> Iterator[str]:
     yield "<h2>Measured on real guests</h2>"
-    yield f"<p>{escape(found.machine)}; each guest is a {found.points[0].guest}.</p>"
+    yield f"<p>{escape(everything.machine)}.</p>"
     yield _legend(words.WAYS.values(), "Line: median; band: lowest to highest.")
-    figures = [
-        _figure(words.MEASURES[name], plots.measured(found, name))
-        for name in plots.MEASURED_PLOTS
-        if any(name in at.quantities for at in found.points)
-    ]
-    if found.loads:
-        drawing = plots.measured_load(found, "interrupts_per_1000")
-        title = f"interrupts per 1,000 messages, {found.loads[0].devices} devices"
-        figures.append(_figure(title, drawing))
-    yield _grid(iter(figures))
+    for guest, found in table.by_guest(everything):
+        title = words.GUESTS[guest]
+        yield f"<h3>{escape(title[0].upper() + title[1:])}</h3>"
+        figures = [
+            _figure(words.MEASURES[name], plots.measured(guest, found, name))
+            for name in plots.MEASURED_PLOTS
+            if any(name in at.quantities for at in found.points)
+        ]
+        if found.loads:
+            drawing = plots.measured_load(guest, found, "interrupts_per_1000")
+            title = f"interrupts per 1,000 messages, {found.loads[0].devices} devices"
+            figures.append(_figure(title, drawing))
+        yield _grid(iter(figures))
 
 
 def _maps(report: Report) -> Iterator[str]:

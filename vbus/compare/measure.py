@@ -1,19 +1,22 @@
-"""Measures both ways to show devices, on guests that are processes of the host.
+"""Measures both ways to show devices, on guests that are processes and on machines.
 
 Each round starts a daemon and a guest anew; a number is the median over the rounds. So
-a disturbance of one round does not decide, and Ctrl-C loses one round at most.
+a disturbance of one round does not decide, and Ctrl-C loses one round at most. What a
+round does to a process is here; what it does to a virtual machine, in `machine.py`.
 """
 
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
 import trio
 
+from vbus.compare import machines
 from vbus.compare.cpu import cpu_name
 from vbus.compare.result import (
     Measured,
@@ -24,11 +27,11 @@ from vbus.compare.result import (
     Sample,
     missing,
 )
+from vbus.compare.round import Round, Values, reason
 from vbus.compare.subjects import (
     WAYS,
     FunctionEach,
     Host,
-    SubjectError,
     TrialGuest,
     Way,
     daemon,
@@ -37,10 +40,14 @@ from vbus.compare.subjects import (
 )
 from vbus.errors import VbusError
 
-GUEST = "process"
+PROCESS, MACHINE = "process", "machine"
 HOT = 8
 """Devices that come and go while the guest runs."""
 ROUND_S = 180.0
+MACHINE_ROUNDS = 3
+BUDGET_S = 330.0
+"""A machine takes ten times as long as a process: so many rounds of it at most, and
+after so many seconds none but the first of each."""
 LOADED_DEVICES = 32
 
 UNITS = {
@@ -64,44 +71,45 @@ UNITS = {
     "urgent_first_high": "us",
     "interrupts_per_1000": "interrupts",
     "messages_per_s": "messages/s",
+    "boot": "us",
+    "bring_up": "us",
+    "shared_lines": "functions",
+    "qemu_fds": "descriptors",
+    "tcp_out": "bit/s",
+    "tcp_in": "bit/s",
 }
 
 NOT_MEASURED = {
-    "boot time": "a process does not boot",
-    "vectors in /proc/interrupts": "a process has no interrupt controller",
-    "bulk TCP and frames": "`make bench` and the tests in virtual machines have them",
-    "virtio functions": "function-each shows the same echo devices one by one instead,"
-    " so that only the number of functions differs",
+    "boot, /proc/interrupts, TCP of processes": "a process has none of them",
+    "virtio functions of processes": "function-each shows the same echo devices one by"
+    " one instead, so that only the number of functions differs",
 }
 
-Values = dict[str, float]
 Step = Callable[[str], None]
+Place = tuple[str, str, int]
+"""Kind of guest, way, number of devices."""
 
 
 @dataclass(slots=True)
 class Samples:
-    """What the rounds found, by way, number of devices and messages under way."""
+    """What the rounds found, by place, and by messages under way."""
 
-    points: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
-    loads: dict[tuple[str, int, int], dict[str, list[float]]] = field(
-        default_factory=dict
-    )
-    stopped: dict[tuple[str, int], str] = field(default_factory=dict)
+    points: dict[Place, dict[str, list[float]]] = field(default_factory=dict)
+    loads: dict[tuple[Place, int], dict[str, list[float]]] = field(default_factory=dict)
+    stopped: dict[Place, str] = field(default_factory=dict)
 
-    def add(self, way: str, devices: int, found: "Round") -> None:
+    def add(self, place: Place, found: Round) -> None:
         """Take in a whole round."""
-        _append(self.points.setdefault((way, devices), {}), found.values)
+        _append(self.points.setdefault(place, {}), found.values)
         for in_flight, values in found.loads.items():
-            key = way, devices, in_flight
-            _append(self.loads.setdefault(key, {}), values)
+            _append(self.loads.setdefault((place, in_flight), {}), values)
 
-
-@dataclass(slots=True)
-class Round:
-    """What one round found."""
-
-    values: Values = field(default_factory=dict)
-    loads: dict[int, Values] = field(default_factory=dict)
+    def given_up(self, place: Place) -> bool:
+        """Tell whether this way failed before, with so many devices or fewer."""
+        return any(
+            stopped[:2] == place[:2] and stopped[2] <= place[2]
+            for stopped in self.stopped
+        )
 
 
 def _append(to: dict[str, list[float]], values: Values) -> None:
@@ -109,26 +117,53 @@ def _append(to: dict[str, list[float]], values: Values) -> None:
         to.setdefault(name, []).append(value)
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A kind of guest with its devices shown in one way, and how often at most."""
+
+    guest: str
+    way: str
+    rounds: int
+    one_round: Callable[[int, bool], Awaitable[Round]]
+
+
+def subjects(guests: Sequence[str], rounds: int) -> list[Subject]:
+    """Give what is to be measured, of these kinds of guest."""
+    found = []
+    if PROCESS in guests:
+        for way in WAYS:
+            one = partial(one_round, way)
+            found.append(Subject(PROCESS, way.name, rounds, one))
+    if MACHINE in guests:
+        for name in machines.WAYS:
+            one = partial(machines.one_round, name)
+            found.append(Subject(MACHINE, name, min(rounds, MACHINE_ROUNDS), one))
+    return found
+
+
 def measure(
-    devices: Sequence[int], rounds: int, step: Step = lambda what: None
+    devices: Sequence[int],
+    chosen: Sequence[Subject],
+    step: Step = lambda what: None,
+    not_measured: Mapping[str, str] | None = None,
 ) -> tuple[Measured, bool]:
     """Measure for every number of devices; give that, and whether it was interrupted.
 
     `step` is called before each round. A way that fails at some number is not tried
-    with more devices; the failure is in the result.
+    with more devices; the failure is in the result, as is `not_measured`.
     """
     samples = Samples()
     interrupted = False
     try:
-        trio.run(_measure, samples, devices, rounds, step)
+        trio.run(_measure, samples, devices, chosen, step)
     except* KeyboardInterrupt:
         interrupted = True
-    return _result(samples), interrupted
+    return _result(samples, not_measured or {}), interrupted
 
 
-def steps(devices: Sequence[int], rounds: int) -> int:
+def steps(devices: Sequence[int], chosen: Sequence[Subject]) -> int:
     """How often `measure` calls its `step`."""
-    return len(WAYS) * len(devices) * rounds
+    return len(devices) * sum(subject.rounds for subject in chosen)
 
 
 def loaded_count(devices: Sequence[int]) -> int:
@@ -137,38 +172,38 @@ def loaded_count(devices: Sequence[int]) -> int:
 
 
 async def _measure(
-    samples: Samples, devices: Sequence[int], rounds: int, step: Step
+    samples: Samples, devices: Sequence[int], chosen: Sequence[Subject], step: Step
 ) -> None:
-    for count in sorted(devices):
-        for number in range(rounds):
-            for way in WAYS:
-                step(f"{way.name}, {count:,} devices, round {number + 1}")
-                if _given_up(samples, way, count):
+    """Every first round, then every second one, and so on: all numbers have one."""
+    end = trio.current_time() + BUDGET_S
+    most = max((subject.rounds for subject in chosen), default=0)
+    for number in range(most):
+        for count in sorted(devices):
+            for subject in chosen:
+                if number >= subject.rounds:
                     continue
-                try:
-                    with trio.fail_after(ROUND_S):
-                        found = await one_round(
-                            way, count, loaded=count == loaded_count(devices)
-                        )
-                except* (VbusError, OSError, trio.TooSlowError) as group:
-                    samples.stopped[way.name, count] = str(_first(group))
-                else:
-                    samples.add(way.name, count, found)
+                what = f"{subject.way}, {subject.guest}, {count:,} devices"
+                step(f"{what}, round {number + 1}")
+                late = number and subject.guest == MACHINE and trio.current_time() > end
+                if not late:
+                    loaded = count == loaded_count(devices)
+                    await _try(samples, subject, count, loaded=loaded)
 
 
-def _given_up(samples: Samples, way: Way, count: int) -> bool:
-    return any(name == way.name and at <= count for name, at in samples.stopped)
+async def _try(samples: Samples, subject: Subject, count: int, *, loaded: bool) -> None:
+    place = subject.guest, subject.way, count
+    if samples.given_up(place):
+        return
+    try:
+        with trio.fail_after(ROUND_S):
+            found = await subject.one_round(count, loaded)
+    except* (VbusError, OSError, trio.TooSlowError) as group:
+        samples.stopped[place] = reason(group)
+    else:
+        samples.add(place, found)
 
 
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, trio.TooSlowError):
-        return SubjectError(f"a round took longer than {ROUND_S:g} s")
-    return error
-
-
-async def one_round(way: Way, count: int, *, loaded: bool) -> Round:
+async def one_round(way: Way, count: int, loaded: bool) -> Round:
     """Start both, measure everything once, end both. Raises SubjectError, VbusError."""
     found = Round()
     async with daemon() as host:
@@ -245,27 +280,26 @@ async def _hot_plug(
     found.values["hot_remove"] = median(times)
 
 
-def _result(samples: Samples) -> Measured:
+def _result(samples: Samples, not_measured: Mapping[str, str]) -> Measured:
     points = [
-        MeasuredPoint(way, GUEST, devices, samples.stopped.get((way, devices)), got)
-        for way, devices, got in _points(samples)
+        MeasuredPoint(way, guest, devices, samples.stopped.get(place), got)
+        for place, got in _points(samples)
+        for guest, way, devices in [place]
     ]
     loads = [
-        MeasuredLoad(way, GUEST, devices, in_flight, _quantities(lists))
-        for (way, devices, in_flight), lists in samples.loads.items()
+        MeasuredLoad(way, guest, devices, in_flight, _quantities(lists))
+        for ((guest, way, devices), in_flight), lists in samples.loads.items()
     ]
-    return Measured(_machine(), points, loads, NOT_MEASURED)
+    return Measured(_machine(), points, loads, {**NOT_MEASURED, **not_measured})
 
 
-def _points(samples: Samples) -> Iterator[tuple[str, int, Quantities]]:
-    for way, devices in sorted(
-        samples.points.keys() | samples.stopped.keys(), key=lambda key: (key[0], key[1])
-    ):
-        found = _quantities(samples.points.get((way, devices), {}))
-        if found and way == FunctionEach.name:
+def _points(samples: Samples) -> Iterator[tuple[Place, Quantities]]:
+    for place in sorted(samples.points.keys() | samples.stopped.keys()):
+        found = _quantities(samples.points.get(place, {}))
+        if found and place[:2] == (PROCESS, FunctionEach.name):
             why = "a process has no slot that a function could leave"
             found["hot_remove"] = missing("us", why)
-        yield way, devices, found
+        yield place, found
 
 
 def _quantities(lists: dict[str, list[float]]) -> Quantities:

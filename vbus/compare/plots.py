@@ -34,7 +34,10 @@ DRAWN = (
     "virtio-transitional-ports",
     "segmented",
 )
-MEASURED_PLOTS = ("attach", "hot_add", "memory_open", "fds_open")
+MEASURED_PLOTS = (
+    *("attach", "bring_up", "config_accesses", "vectors"),
+    *("hot_add", "memory_open", "fds_open", "tcp_out"),
+)
 COST_PLOTS = ("functions", "vectors", "memory_claimed", "enumeration_hole_user")
 
 INK, GRID, FAINT = "#010101", "#020202", "#030303"
@@ -118,7 +121,7 @@ def load(report: Report, name: str) -> str:
     return _svg(f"load-{name}", 4.3, 3.1, draw)
 
 
-def measured(found: Measured, name: str) -> str:
+def measured(guest: str, found: Measured, name: str) -> str:
     """Draw one measured number against devices, a line for each way with its range."""
 
     def draw(axes: "Axes") -> None:
@@ -137,10 +140,10 @@ def measured(found: Measured, name: str) -> str:
         _ticks(axes, _unit(at.quantities.get(name) for at in found.points))
         axes.set_xlabel("devices")
 
-    return _svg(f"measured-{name}", 4.3, 3.1, draw)
+    return _svg(f"measured-{guest}-{name}", 4.3, 3.1, draw)
 
 
-def measured_load(found: Measured, name: str) -> str:
+def measured_load(guest: str, found: Measured, name: str) -> str:
     """Draw one measured number against messages under way, a line for each way."""
 
     def draw(axes: "Axes") -> None:
@@ -158,7 +161,7 @@ def measured_load(found: Measured, name: str) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("messages under way")
 
-    return _svg(f"measured-load-{name}", 4.3, 3.1, draw)
+    return _svg(f"measured-load-{guest}-{name}", 4.3, 3.1, draw)
 
 
 def _ranges(axes: "Axes", number: int, points: Iterable[tuple[int, Quantity]]) -> None:

@@ -35,6 +35,19 @@ class SegmentedSpace:
         """Bytes of all segments that have an owner."""
         return self._table.used * self.segment
 
+    def belongs(self, wanted: Range, group: str) -> bool:
+        """Tell whether a range lies in segments of this group, all of it."""
+        first, last = (
+            (at - self.start) // self.segment for at in (wanted.start, wanted.end - 1)
+        )
+        return all(
+            any(
+                run.start <= segment < run.end and run.owner == group
+                for run in self.owners
+            )
+            for segment in range(first, last + 1)
+        )
+
     def take(self, size: int, group: str, owner: str) -> Range:
         """Give a BAR its address. Raises ExhaustedError."""
         for space in self._open.get(group, []):

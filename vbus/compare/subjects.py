@@ -53,11 +53,12 @@ class Host:
         return 1024 * sum(int(at.split()[1]) for at in lines if "Private_" in at)
 
     async def accesses(self) -> dict[str, int]:
-        """Accesses that it has answered to all guests since they attached."""
+        """Accesses that it has answered at all functions since each was attached to."""
         shown = await self.control.request("guest.show")
+        shown += await self.control.request("device.show")
         totals: dict[str, int] = {}
-        for guest in shown:
-            for name, value in guest["since_attach"].items():
+        for one in shown:
+            for name, value in one.get("since_attach", {}).items():
                 totals[name] = totals.get(name, 0) + value
         return totals
 

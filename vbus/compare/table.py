@@ -5,6 +5,8 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from vbus.compare import words
 from vbus.compare.costs import TITLES
 from vbus.compare.result import (
@@ -132,13 +134,14 @@ def claims(report: Report) -> Table:
 
 def measured(report: Report) -> Iterator[Table]:
     """What was found on real guests, the ways side by side; nothing if none was."""
-    if report.measured is None or not report.measured.points:
+    if report.measured is None:
         return
-    yield measured_points(report.measured)
-    if report.measured.loads:
-        yield measured_loads(report.measured)
+    for guest, found in by_guest(report.measured):
+        yield measured_points(guest, found)
+        if found.loads:
+            yield measured_loads(guest, found)
     rows = [
-        (f"{words.WAYS[at.layout]}, {at.devices:,} devices and more", at.stopped)
+        (f"{words.WAYS[at.layout]}, {at.guest}, {at.devices:,} and more", at.stopped)
         for at in report.measured.points
         if at.stopped is not None
     ]
@@ -146,7 +149,16 @@ def measured(report: Report) -> Iterator[Table]:
     yield Table("Not measured", ("what", "why"), rows)
 
 
-def measured_points(found: Measured) -> Table:
+def by_guest(found: Measured) -> Iterator[tuple[str, Measured]]:
+    """Give what was measured on each kind of guest, if any was."""
+    for guest in words.GUESTS:
+        points = [at for at in found.points if at.guest == guest]
+        loads = [at for at in found.loads if at.guest == guest]
+        if points:
+            yield guest, msgspec.structs.replace(found, points=points, loads=loads)
+
+
+def measured_points(guest: str, found: Measured) -> Table:
     """A row for each number at each number of devices, a column for each way."""
     points = {(at.layout, at.devices): at for at in found.points}
     counts = sorted({devices for _, devices in points})
@@ -163,8 +175,7 @@ def measured_points(found: Measured) -> Table:
             for at in (points.get((way, count)) for way in words.WAYS)
         )
     ]
-    guest = found.points[0].guest
-    title = f"Measured on guests that are a {guest}: {found.machine}"
+    title = f"Measured on {words.GUESTS[guest]}: {found.machine}"
     return Table(title, ("what", "devices", *words.WAYS.values()), rows)
 
 
@@ -177,7 +188,7 @@ def _measure(at: MeasuredPoint | None, name: str) -> str:
     return words.cost(one) if one.missing else words.quantity(one)
 
 
-def measured_loads(found: Measured) -> Table:
+def measured_loads(guest: str, found: Measured) -> Table:
     """Interrupts and rate by messages under way."""
     points = {(at.layout, at.in_flight): at.quantities for at in found.loads}
     names = {"interrupts_per_1000": "interrupts", "messages_per_s": "messages/s"}
@@ -196,8 +207,10 @@ def measured_loads(found: Measured) -> Table:
         "under way",
         *(f"{said}, {way}" for said in names.values() for way in words.WAYS.values()),
     )
-    devices = found.loads[0].devices
-    title = f"Interrupts per 1,000 messages, and messages a second, {devices} devices"
+    title = (
+        "Interrupts per 1,000 messages, and messages a second,"
+        f" {found.loads[0].devices} devices, {words.GUESTS[guest]}"
+    )
     return Table(title, headings, rows)
 
 
@@ -251,9 +264,11 @@ def _everything(report: Report) -> Iterator[tuple[_Place, Quantities, str]]:
 
 def _measurements(found: Measured) -> Iterator[tuple[_Place, Quantities, str]]:
     for at in found.points:
-        yield ("measured", at.layout, at.devices, ""), at.quantities, at.stopped or ""
+        name = f"{at.layout} ({at.guest})"
+        yield ("measured", name, at.devices, ""), at.quantities, at.stopped or ""
     for under in found.loads:
-        place: _Place = ("load", under.layout, under.devices, under.in_flight)
+        name = f"{under.layout} ({under.guest})"
+        place: _Place = ("load", name, under.devices, under.in_flight)
         yield place, under.quantities, "load: messages under way"
 
 

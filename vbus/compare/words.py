@@ -37,18 +37,24 @@ LOAD_METRICS = {
 MEASURES = {
     "functions": "functions",
     "vectors": "interrupt vectors of the guest",
-    "config_accesses": "configuration accesses to attach to all",
-    "region_accesses": "region accesses to attach to all",
+    "shared_lines": "functions without a vector",
+    "config_accesses": "configuration accesses until all is known",
+    "region_accesses": "region accesses until all is known",
+    "boot": "boot of a machine",
+    "bring_up": "boot until all devices have drivers",
     "attach": "time to attach and know all devices",
     "open_call_close": "open, call and close, a device",
     "call": "call",
-    "round_trip": "round trip through rings",
+    "round_trip": "round trip of a small message or frame",
+    "tcp_out": "bulk TCP from the guest",
+    "tcp_in": "bulk TCP to the guest",
     "hot_add": "hot add to usable",
     "hot_remove": "hot remove to gone",
     "memory_idle": "daemon's memory a device, idle",
-    "memory_open": "daemon's memory a device, open with two rings",
+    "memory_open": "daemon's memory a device, open",
     "fds_idle": "daemon's descriptors a device, idle",
-    "fds_open": "daemon's descriptors a device, open with two rings",
+    "fds_open": "daemon's descriptors a device, open",
+    "qemu_fds": "QEMU's descriptors, all",
     "urgent_flat": "urgent round trip in a flood, no priority",
     "urgent_flat_high": "the same, 99th percentile",
     "urgent_first": "urgent round trip in a flood, highest priority",
@@ -57,6 +63,11 @@ MEASURES = {
 """What is measured on a guest, in this order."""
 
 WAYS = {"vbus-bridge": "one bridge", "function-each": "a function each"}
+GUESTS = {
+    "process": "processes with echo devices",
+    "machine": "virtual machines with virtio devices",
+}
+"""The kinds of guest that are measured; see docs/compare.md."""
 
 
 def amount(value: float, unit: str) -> str:
@@ -71,6 +82,9 @@ def amount(value: float, unit: str) -> str:
             if value >= bound:
                 return f"{_digits(value / bound)} {name}"
         return f"{_digits(value)} us"
+    if unit == "bit/s":
+        giga = value >= 1e9
+        return f"{_digits(value / (1e9 if giga else 1e6))} {'G' if giga else 'M'}bit/s"
     return _digits(value)
 
 

@@ -30,12 +30,16 @@ _IOMMU_WORDS = {
 }
 
 
-def bridge_device(socket: Path, name: str = "vbus0") -> list[str]:
-    """Give the options of one function; only QEMU's JSON form can name a socket."""
+def bridge_device(socket: Path, name: str = "vbus0", **properties: object) -> list[str]:
+    """Give the options of one function; only QEMU's JSON form can name a socket.
+
+    `properties` are more of QEMU's, such as bus and addr.
+    """
     about = {
         "driver": "vfio-user-pci",
         "id": name,
         "socket": {"type": "unix", "path": str(socket)},
+        **properties,
     }
     return ["-device", json.dumps(about, separators=(",", ":"))]
 

@@ -266,6 +266,7 @@ async def boot(
     words: Sequence[str] = (),
     extra: Sequence[str] = (),
     log: Path | None = None,
+    timeout_s: float = BOOT_TIMEOUT_S,
     emulator: qemu.Qemu | None = None,
 ) -> AsyncIterator[VirtualMachine]:
     """Boot an image with a bridge for each socket, and wait for its agent.
@@ -292,7 +293,7 @@ async def boot(
     folder = log or Path(tempfile.mkdtemp(prefix="vbus-vm-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        async with _running(command, folder) as vm:
+        async with _running(command, folder, timeout_s) as vm:
             yield vm
     finally:
         if log is None:
@@ -300,7 +301,9 @@ async def boot(
 
 
 @asynccontextmanager
-async def _running(command: list[str], log: Path) -> AsyncIterator[VirtualMachine]:
+async def _running(
+    command: list[str], log: Path, timeout_s: float
+) -> AsyncIterator[VirtualMachine]:
     """Own the process and the three sockets to it."""
     began = trio.current_time()
     pairs = [socket.socketpair() for _ in range(3)]
@@ -319,7 +322,7 @@ async def _running(command: list[str], log: Path) -> AsyncIterator[VirtualMachin
             async with trio.open_nursery() as nursery:
                 try:
                     await vm.serve(ours[0], ours[1], ours[2], nursery)
-                    await vm.wait_up()
+                    await vm.wait_up(timeout_s)
                     vm.boot_seconds = trio.current_time() - began
                     yield vm
                 except Exception as error:  # to leave without a group around it

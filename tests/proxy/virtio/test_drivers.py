@@ -83,6 +83,31 @@ async def test_options_are_checked_by_the_kind(host: Host, tmp_path: Path) -> No
         assert "colour" in await log.until("disk0", State.FAILED)
 
 
+@pytest.mark.parametrize("prio", [0, 5])
+async def test_a_devices_events_have_the_priority_that_it_was_told(
+    host: Host, prio: int
+) -> None:
+    """R7: used chains come by the vector of that priority, and by no other."""
+    host.add("rng0", "rng")
+    async with driven(host, {"rng0": {"prio": prio}}) as (bridge, drivers, log):
+        await log.until("rng0", State.RUNNING)
+        before = bridge.statistics().interrupts.by_vector
+        entropy: Any = drivers.drivers["rng0"].kind.entropy  # type: ignore[attr-defined]
+        assert len(await entropy.read(5000)) == 5000
+        after = bridge.statistics().interrupts.by_vector
+        came = {n for n, old in enumerate(before) if after[n] > old}
+        assert came == {prio}
+
+
+@pytest.mark.parametrize("prio", [-1, 8, "high"])
+async def test_a_priority_that_there_is_not_is_refused(
+    host: Host, prio: object
+) -> None:
+    host.add("rng0", "rng")
+    async with driven(host, {"rng0": {"prio": prio}}) as (_, _, log):
+        assert "prio" in await log.until("rng0", State.FAILED)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 async def test_entropy_is_read(host: Host, packed: bool) -> None:
     """R13: bytes of the host, as many as were asked for, and no two alike."""

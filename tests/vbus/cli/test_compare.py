@@ -17,6 +17,7 @@ import pytest
 from vbus.compare.result import SCHEMA_FILE
 
 WITHIN_S = 120
+PROCESSES = ("--measure", "--guests", "process")
 
 
 def vbus(*words: object) -> "subprocess.CompletedProcess[str]":
@@ -110,7 +111,7 @@ def test_a_bad_cost_model_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_measure_is_in_every_report(tmp_path: Path) -> None:
     """R62: measured on real guests, with how often and how far apart."""
-    done = vbus("--devices", "2", "--measure", "--rounds", "2", "--json")
+    done = vbus("--devices", "2", *PROCESSES, "--rounds", "2", "--json")
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     jsonschema.validate(value, json.loads(SCHEMA_FILE.read_text()))
@@ -120,10 +121,35 @@ def test_measure_is_in_every_report(tmp_path: Path) -> None:
     assert value["measured"]["not_measured"]
 
 
+def test_machines_that_are_not_to_be_had_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who asks for them does not get processes instead."""
+    monkeypatch.setenv("VBUS_QEMU", "/bin/true")
+    done = vbus("--devices", "1", "--measure", "--guests", "vm")
+    assert done.returncode == 1
+    assert "/bin/true" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_without_machines_it_measures_processes_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """R62: everything but a boot is measured without a QEMU."""
+    monkeypatch.setenv("VBUS_QEMU", "/bin/true")
+    done = vbus("--devices", "1", "--measure", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "processes only, no virtual machine" in done.stderr
+    found = json.loads(done.stdout)["measured"]
+    assert {at["guest"] for at in found["points"]} == {"process"}
+    assert "/bin/true" in found["not_measured"]["virtual machines"]
+
+
 @pytest.mark.slow
 def test_ctrl_c_prints_what_was_measured() -> None:
     """Exit status 130, and a whole report of the rounds that were done."""
-    words = ["--devices", "1,2", "--measure", "--rounds", "40", "--json"]
+    words = ["--devices", "1,2", *PROCESSES, "--rounds", "40", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vbus", "compare", *words],
         stdout=subprocess.PIPE,

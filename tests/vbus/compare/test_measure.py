@@ -2,17 +2,28 @@
 nothing."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
 from vbus.compare import measure, subjects, words
-from vbus.compare.measure import HOT, Samples, loaded_count, one_round
+from vbus.compare.measure import (
+    HOT,
+    MACHINE,
+    PROCESS,
+    Samples,
+    Subject,
+    loaded_count,
+    one_round,
+)
+from vbus.compare.round import Round
 from vbus.compare.subjects import FunctionEach, OneBridge, SubjectError, Way
 
 MANY = 4
-KNOWN = set(words.MEASURES)
+ONLY_MACHINES = {"boot", "bring_up", "shared_lines", "qemu_fds", "tcp_out", "tcp_in"}
+KNOWN = set(words.MEASURES) - ONLY_MACHINES
 RINGED = {"interrupts_per_1000", "messages_per_s"}
 
 
@@ -27,7 +38,7 @@ def children() -> set[str]:
 async def test_a_round_measures_everything(way: Way, no_fd_leak: None) -> None:
     """R62: the same devices both ways; functions and vectors are what was asked for."""
     before = children()
-    found = await one_round(way, MANY, loaded=True)
+    found = await one_round(way, MANY, True)
     each = isinstance(way, FunctionEach)
     assert set(found.values) == KNOWN - ({"hot_remove"} if each else set())
     assert found.values["functions"] == (MANY if each else 1)
@@ -43,8 +54,8 @@ async def test_a_round_measures_everything(way: Way, no_fd_leak: None) -> None:
 async def test_accesses_and_descriptors_grow_with_functions_only() -> None:
     """R10, R40, R41: counted by the server, the same for any number of devices behind
     one bridge; each function more costs as much again as the first."""
-    bridge = [await one_round(OneBridge(), n, loaded=False) for n in (1, MANY)]
-    each = [await one_round(FunctionEach(), n, loaded=False) for n in (1, MANY)]
+    bridge = [await one_round(OneBridge(), n, False) for n in (1, MANY)]
+    each = [await one_round(FunctionEach(), n, False) for n in (1, MANY)]
     for name in ("config_accesses", "region_accesses"):
         assert bridge[0].values[name] == bridge[1].values[name] > 0
         assert each[1].values[name] == MANY * each[0].values[name] > 0
@@ -76,58 +87,116 @@ async def test_a_guest_that_ends_is_said_to_have_ended(tmp_path: Path) -> None:
             await guest.until("attached")
 
 
-def test_a_way_that_fails_is_not_tried_with_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def subject(
+    way: str, answer: Callable[[int], Round], rounds: int = 2, guest: str = PROCESS
+) -> Subject:
+    """Something to measure whose rounds take no time."""
+
+    async def one_round(count: int, loaded: bool) -> Round:
+        await trio.lowlevel.checkpoint()
+        return answer(count)
+
+    return Subject(guest, way, rounds, one_round)
+
+
+def test_a_way_that_fails_is_not_tried_with_more() -> None:
     """The reason is in the result; the other way goes on."""
-    tried: list[tuple[str, int]] = []
+    tried: list[int] = []
 
-    async def one_round(way: Way, count: int, *, loaded: bool) -> measure.Round:
-        tried.append((way.name, count))
-        if isinstance(way, FunctionEach) and count > 1:
+    def each(count: int) -> Round:
+        tried.append(count)
+        if count > 1:
             raise SubjectError("too many files")
-        return measure.Round({"attach": float(count)})
+        return Round({"attach": 1.0})
 
-    monkeypatch.setattr(measure, "one_round", one_round)
-    found, interrupted = measure.measure((1, 8, 32), 2)
+    chosen = [
+        subject("vbus-bridge", lambda count: Round({"attach": float(count)})),
+        subject("function-each", each),
+    ]
+    found, interrupted = measure.measure((1, 8, 32), chosen)
     assert not interrupted
-    assert tried.count(("function-each", 8)) == 1
-    assert ("function-each", 32) not in tried
+    assert tried == [1, 8, 1]
     stopped = {(at.layout, at.devices): at.stopped for at in found.points}
     assert stopped["function-each", 8] == "too many files"
     assert stopped["vbus-bridge", 32] is None
 
 
-def test_interrupted_keeps_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kind_of_guest_that_fails_stops_no_other_kind() -> None:
+    """R62: machines end before processes do; both are in the result, apart."""
+
+    def refuse(count: int) -> Round:
+        raise SubjectError("slots")
+
+    chosen = [
+        subject("function-each", lambda count: Round({"attach": 1.0})),
+        subject("function-each", refuse, guest=MACHINE),
+    ]
+    found, _ = measure.measure((1, 8), chosen, not_measured={"more": "no room"})
+    stopped = {(at.guest, at.devices): at.stopped for at in found.points}
+    assert stopped == {(PROCESS, 1): None, (PROCESS, 8): None, (MACHINE, 1): "slots"}
+    assert found.not_measured["more"] == "no room"
+
+
+def test_interrupted_keeps_whole_rounds() -> None:
     """Ctrl-C in the middle of a round: the rounds before it count."""
     rounds = iter(range(100))
 
-    async def one_round(way: Way, count: int, *, loaded: bool) -> measure.Round:
+    def answer(count: int) -> Round:
         number = next(rounds)
         if number == 5:
             raise KeyboardInterrupt
-        await trio.lowlevel.checkpoint()
-        return measure.Round({"attach": float(number)}, {1: {"messages_per_s": 1.0}})
+        return Round({"attach": float(number)}, {1: {"messages_per_s": 1.0}})
 
-    monkeypatch.setattr(measure, "one_round", one_round)
-    found, interrupted = measure.measure((1, 8), 9)
+    chosen = [subject(way, answer, rounds=9) for way in ("vbus-bridge", "each")]
+    found, interrupted = measure.measure((1, 8), chosen)
     assert interrupted
     counts = {
-        at.layout: sample.count
+        (at.layout, at.devices): sample.count
         for at in found.points
         if (sample := at.quantities["attach"].measured)
     }
-    assert counts == {"vbus-bridge": 3, "function-each": 2}
+    assert counts == {
+        ("vbus-bridge", 1): 2,
+        ("each", 1): 1,
+        ("vbus-bridge", 8): 1,
+        ("each", 8): 1,
+    }
+
+
+def test_late_rounds_of_machines_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run ends in time: each number has one round, processes have all."""
+    monkeypatch.setattr(measure, "BUDGET_S", -1)
+    steps: list[str] = []
+    chosen = [
+        subject("each", lambda count: Round({"boot": 1.0}), guest=kind)
+        for kind in (PROCESS, MACHINE)
+    ]
+    found, _ = measure.measure((1, 8), chosen, steps.append)
+    counts = {
+        (at.guest, at.devices): sample.count
+        for at in found.points
+        if (sample := at.quantities["boot"].measured)
+    }
+    assert counts == {(k, n): 2 if k == PROCESS else 1 for k, n in counts}
+    assert len(counts) == 4
+    assert len(steps) == measure.steps((1, 8), chosen) == 8
 
 
 def test_median_and_spread_over_the_rounds() -> None:
     samples = Samples()
     for value in (5.0, 1.0, 3.0):
-        samples.add("vbus-bridge", 8, measure.Round({"call": value}))
-    [point] = measure._result(samples).points
+        samples.add((PROCESS, "vbus-bridge", 8), Round({"call": value}))
+    [point] = measure._result(samples, {}).points
     sample = point.quantities["call"].measured
     assert sample is not None
     assert (sample.median, sample.low, sample.high, sample.count) == (3.0, 1.0, 5.0, 3)
+
+
+def test_both_kinds_of_guest_are_shown_in_both_ways() -> None:
+    chosen = measure.subjects([PROCESS, MACHINE], 5)
+    ways = {(one.guest, one.way) for one in chosen}
+    assert ways == {(guest, way) for guest in words.GUESTS for way in words.WAYS}
+    assert {one.rounds for one in chosen if one.guest == MACHINE} == {3}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +209,6 @@ def test_load_is_tried_where_there_are_devices_enough(
 
 
 def test_the_machine_is_named() -> None:
-    machine = measure._result(Samples()).machine
+    machine = measure._result(Samples(), {}).machine
     assert f"{len(os.sched_getaffinity(0))} CPUs" in machine
     assert "Linux" in machine

@@ -49,6 +49,7 @@ def with_measurements(report: Report) -> Report:
         "hot_remove": missing("us", "no slot"),
         "interrupts_per_1000": measured(30, "interrupts"),
     }
+    in_machine = {"bring_up": measured(9e6), "tcp_out": measured(3e8, "bit/s")}
     return msgspec.structs.replace(
         report,
         measured=Measured(
@@ -56,6 +57,7 @@ def with_measurements(report: Report) -> Report:
             points=[
                 MeasuredPoint("vbus-bridge", "process", 8, None, found),
                 MeasuredPoint("function-each", "process", 8, "too many files", {}),
+                MeasuredPoint("function-each", "machine", 8, None, in_machine),
             ],
             loads=[MeasuredLoad("vbus-bridge", "process", 8, 4, found)],
             not_measured={"boot": "no machine"},
@@ -227,6 +229,8 @@ def test_a_cost_model_has_every_entry() -> None:
         (1737, "cycles", "1,737"),
         (0, "us", "0 us"),
         (0.5, "us", "0.50 us"),
+        (2.5e9, "bit/s", "2.50 Gbit/s"),
+        (77e6, "bit/s", "77 Mbit/s"),
     ],
 )
 def test_numbers_for_people(value: float, unit: str, text: str) -> None:
