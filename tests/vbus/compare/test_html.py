@@ -138,7 +138,8 @@ def test_it_fits_in_a_browser(
     )
     assert abs(int(seen_width) - max(width, 400)) < 120, seen_width
     assert (wide, hidden) == ("0", "false")
-    assert int(seen) == len(plots.COST_PLOTS) + 2 + 2 + 2
+    # Of loads, of processes, of machines, of address space: two of each are there.
+    assert int(seen) == len(plots.COST_PLOTS) + 2 + 2 + 2 + 2
     bright, dim = sorted((luminance(ground), luminance(ink)), reverse=True)
     assert (bright + 0.05) / (dim + 0.05) > 7
     assert (luminance(ground) > 0.5) == (theme == "light")
