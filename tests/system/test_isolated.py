@@ -26,7 +26,7 @@ from tests.netns import isolated
 from tests.proxy.host import until
 from tests.proxy.virtio.guests import disk_on, found
 from tests.system.served import WITHIN_S, Served
-from tests.system.test_backends import backend
+from tests.system.test_backends import backend, start_dice, wait_for_state
 from tests.transfer import here, process_guest, transfer
 from vbus.isolation import missing
 
@@ -244,6 +244,26 @@ def test_required_isolation_that_is_absent_is_refused_and_told(tmp_path: Path) -
         assert other["state"] == "up"
         assert held_by(pid_of(served, "other")) == ("1", "2")
         assert "isolated only in part: Landlock" in served.log.read_text()
+
+
+def test_who_starts_a_backend_by_hand_decides(tmp_path: Path) -> None:
+    """R60: it is isolated unless told otherwise, as one that the daemon starts."""
+    held = held_by(os.getpid())
+    with Served(tmp_path, CONFIG[: CONFIG.index("[[backend]]")]) as served:
+        free = start_dice(served, "--name", "free", "--isolation", "off")
+        dice = start_dice(served, "--path", str(tmp_path))
+        try:
+            wait_for_state(served, "free", "up")
+            wait_for_state(served, "casino", "up")
+            # An answer means that all the daemon said before has been done.
+            served.ask("device", "add", "d0", "--class", "dice", "--backend", "free")
+            served.ask("device", "add", "d1", "--class", "dice", "--backend", "casino")
+            assert held_by(free.pid) == held
+            assert held_by(dice.pid) == ("1", "2")
+        finally:
+            for process in (free, dice):
+                process.terminate()
+                assert process.wait(WITHIN_S) == 0
 
 
 # What is in the tree works isolated
