@@ -6,8 +6,10 @@ with another guest's memory. Each attempt is made without isolation too, where i
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -343,13 +345,27 @@ async def check_rng(bridge: BridgeDriver) -> None:
             assert len(set(await entropy.read(64))) > 8
 
 
+def until_back(served: Served, device: str) -> None:
+    """Wait until a device is there again, of the backend's second process."""
+    end = time.monotonic() + WITHIN_S
+    while backend(served)["starts"] != 2 or (
+        served.vbus("device", "show", device).returncode
+    ):
+        assert time.monotonic() < end, served.log.read_text()
+
+
 async def test_disks_consoles_and_random_bytes_work_isolated(tmp_path: Path) -> None:
-    """The daemon knows their files; one that comes later needs one of `paths`."""
+    """The daemon knows their files; one that comes later needs one of `paths`.
+
+    All of them come back when the backend was killed, which leaves its socket behind.
+    """
     folder = tmp_path / "data"
     (folder / "sockets").mkdir(parents=True)
     (folder / "later").mkdir()
     (folder / "rom0").write_bytes(b"r" * 512)
     with Served(tmp_path, DISKS.format(folder=folder)) as served:
+        os.kill(pid_of(served, "far"), signal.SIGKILL)
+        until_back(served, "tty0")
         places = served.ask("stats", "devices/tty0/places")
         async with attach(served.socket("g1")) as bridge:
             with trio.fail_after(WITHIN_S):
