@@ -506,14 +506,6 @@ class BusClient:
         assert self.alive or not (self.connections or self._closing or self.signals)
 
 
-def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) -> int:
-    """Give the result, and the guest its data."""
-    result, out = _split(answer, device)
-    if out:
-        reply(out)
-    return result
-
-
 def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
     """Tell result and data apart; anything else is a bug of the device."""
     result, out = 0, b""
@@ -528,3 +520,11 @@ def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
     if not -(1 << 31) <= result < 1 << 31:
         raise OverflowError(f"{device.name} answers {result}, not a 32-bit result")
     return result, out
+
+
+def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) -> int:
+    """Give the result, and the guest its data."""
+    result, out = _split(answer, device)
+    if out:
+        reply(out)
+    return result
