@@ -35,7 +35,8 @@ def _call_us() -> float:
 
 def calls() -> Round:
     """DEVCALL beside a small call protocol over a stream, microseconds."""
-    return {"devcall": _call_us(), "msgpack": trio_msgpack_trip()}
+    inside = Worker("plain_worker").result()
+    return {"devcall": _call_us(), "msgpack": trio_msgpack_trip(), **inside}
 
 
 def _memory(devices: int) -> int:
@@ -73,6 +74,8 @@ SUITES = (
         {
             "devcall": Metric("DEVCALL 64 B, host-process guest, p50", "us"),
             "msgpack": Metric("trio stream + msgpack call, p50", "us"),
+            "plain": Metric("the bus's part of a DEVCALL, CPU, no trace", "us CPU"),
+            "traced": Metric("the same with a trace", "us CPU"),
             "c": Metric("C eventfd round trip, p50", "us"),
         },
         (

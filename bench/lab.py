@@ -124,18 +124,20 @@ def _push(source: Place, sink: Place, kind: str, extra: Sequence[str]) -> float:
         return float(end.stdout.readline())
 
 
-def tcp_gbit_s(source: Place, sink: Place) -> float:
-    return _push(source, sink, "tcp", [str(_MS)]) / 1e9
+def tcp_gbit_s(source: Place, sink: Place, milliseconds: int = _MS) -> float:
+    return _push(source, sink, "tcp", [str(milliseconds)]) / 1e9
 
 
-def udp_kpps(source: Place, sink: Place, size: int = 64) -> float:
+def udp_kpps(
+    source: Place, sink: Place, size: int = 64, milliseconds: int = _MS
+) -> float:
     """Thousands of datagrams a second that arrived."""
-    return _push(source, sink, "udp", [str(size), str(_MS)]) / 1e3
+    return _push(source, sink, "udp", [str(size), str(milliseconds)]) / 1e3
 
 
-def ping_us(source: Place, sink: Place) -> float:
+def ping_us(source: Place, sink: Place, count: int = _PINGS) -> float:
     """The median round trip."""
-    said = source.run(c_tool("traffic.c"), "ping", sink.address, str(_PINGS))
+    said = source.run(c_tool("traffic.c"), "ping", sink.address, str(count))
     return float(said.split()[0]) / 1e3
 
 

@@ -22,11 +22,6 @@ switch = "lan0"
 ifname = "hub0"
 address = "{HUB_ADDRESS}/{PREFIX}"
 """
-_BACKEND = """
-[[backend]]
-name = "net"
-classes = ["switch", "switch-tap", "venet"]
-"""
 _GUEST = """
 [[bus]]
 name = "{name}"
@@ -41,10 +36,10 @@ bus = "{name}"
 """
 
 
-def vbus(hub: Place, guests: list[Place], more: str = "") -> dict[str, float]:
+def vbus(hub: Place, guests: list[Place]) -> dict[str, float]:
     """Measure the bus: the daemon in the hub, a guest process in each namespace."""
     names = [f"g{nth}" for nth in range(1, 1 + len(guests))]
-    config = _CONFIG + more + "".join(_GUEST.format(name=name) for name in names)
+    config = _CONFIG + "".join(_GUEST.format(name=name) for name in names)
     with Daemon(config) as daemon, contextlib.ExitStack() as stack:
         running = []
         for name, place in zip(names, guests, strict=True):
@@ -54,7 +49,7 @@ def vbus(hub: Place, guests: list[Place], more: str = "") -> dict[str, float]:
             running.append(stack.enter_context(guest))
         result = measure(hub, *guests)
         before = _interrupts_and_frames(running)
-        tcp_gbit_s(*guests)
+        tcp_gbit_s(guests[0], guests[1])
         after = _interrupts_and_frames(running)
         interrupts, frames = (a - b for a, b in zip(after, before, strict=True))
         result["interrupts"] = 1000 * interrupts / frames
@@ -129,9 +124,6 @@ def main(kind: str) -> None:
     guests = [Place.guest(1), Place.guest(2)]
     if kind == "vbus":
         report(vbus(hub, guests))
-        return
-    if kind == "backend":
-        report(vbus(hub, guests, _BACKEND))
         return
     with tempfile.TemporaryDirectory() as folder:
         if kind == "veth":

@@ -619,14 +619,6 @@ class BusClient:
         assert self.alive or not (self.connections or self._closing or self.signals)
 
 
-def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) -> int:
-    """Give the result, and the guest its data."""
-    result, out = _split(answer, device)
-    if out:
-        reply(out)
-    return result
-
-
 def _saved(shm: SharedMemory, kept: Kept) -> SavedShm:
     bell = shm.doorbell
     return SavedShm(
@@ -661,3 +653,11 @@ def _split(answer: CallResult, device: Device) -> tuple[int, bytes]:
     if not -(1 << 31) <= result < 1 << 31:
         raise OverflowError(f"{device.name} answers {result}, not a 32-bit result")
     return result, out
+
+
+def _answer(answer: CallResult, device: Device, reply: Callable[[bytes], None]) -> int:
+    """Give the result, and the guest its data."""
+    result, out = _split(answer, device)
+    if out:
+        reply(out)
+    return result

@@ -95,7 +95,7 @@ def listen(path: Path, owner_uid: int | None = None) -> socket.socket:
     A socket that nobody answers on is replaced. Raises BusyError if somebody does,
     ExistsError if what is there is no socket, or OSError.
     """
-    _remove_stale(path)
+    remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.setblocking(False)
@@ -128,7 +128,7 @@ def unlinker(path: Path) -> Callable[[], None]:
     return unlink
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Remove a socket that a dead server left behind, nothing else."""
     try:
         mode = os.lstat(path).st_mode

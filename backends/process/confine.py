@@ -68,9 +68,10 @@ class Confinement:
             return
         missing = self._reach.lacks(cls.reach(_values(cls, attributes)))
         if missing is not None:
+            where = "" if missing.exists() else "not there, or "
             raise PermissionDeniedError(
-                f"{missing} is out of reach of this isolated backend: name it in the"
-                " backend's paths, or restart the backend with this device"
+                f"{missing} is {where}out of reach of this isolated backend: name it"
+                " in the backend's paths, or have it there when the backend starts"
             )
 
 

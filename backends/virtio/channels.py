@@ -13,8 +13,9 @@ from typing import Final, Protocol
 
 import trio
 
-from vbus.errors import ExistsError, InvalidError
+from vbus.errors import ExistsError, InvalidError, VbusError
 from vbus.pty import Pty
+from vbus.sockets import remove_stale
 
 _CHUNK: Final = 4096
 
@@ -75,6 +76,12 @@ class LogFile:
             self._fd = -1
 
 
+def forget_dead(path: Path) -> None:
+    """Remove the socket of one that was killed; who is isolated cannot find out."""
+    with contextlib.suppress(VbusError, OSError):
+        remove_stale(path)
+
+
 class UnixSocket:
     """A listening Unix socket that serves one client after the other."""
 
@@ -83,6 +90,7 @@ class UnixSocket:
         self.dropped = 0
         self.path = path
         self._client: trio.socket.SocketType | None = None
+        forget_dead(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.bind(str(path))
@@ -90,8 +98,7 @@ class UnixSocket:
         except OSError as error:
             sock.close()
             if error.errno == errno.EADDRINUSE:
-                message = f"{path} exists; remove it if nobody listens there"
-                raise ExistsError(message) from None
+                raise ExistsError(f"{path} is there already") from None
             raise InvalidError(f"{path}: {error.strerror or error}") from None
         self._listener = trio.socket.from_stdlib_socket(sock)
 
@@ -138,4 +145,4 @@ class UnixSocket:
                 self.path.unlink()
 
 
-__all__ = ["Channel", "LogFile", "Pty", "UnixSocket"]
+__all__ = ["Channel", "LogFile", "Pty", "UnixSocket", "forget_dead"]

@@ -24,7 +24,7 @@ from backends.venet.tap import (
 )
 from backends.virtio.adapter import AdapterStatistics, VirtioOnBus
 from backends.virtio.blk import BlkStatistics, VirtioBlk
-from backends.virtio.channels import Channel, LogFile, Pty, UnixSocket
+from backends.virtio.channels import Channel, LogFile, Pty, UnixSocket, forget_dead
 from backends.virtio.console import MAX_PORTS, ConsoleStatistics, Port, VirtioConsole
 from backends.virtio.device import VirtioStatistics
 from backends.virtio.image import DiskImage
@@ -327,8 +327,11 @@ class VirtioConsoleDevice(VirtioOnBus):
         for path in logs:
             with contextlib.suppress(InvalidError):
                 LogFile(path).close()
-        sockets = tuple(Path(path).parent for kind, _, path in kinds if kind == "unix")
-        return Reach(write=(*_TERMINALS, *logs), listen=sockets, listens=True)
+        sockets = [Path(path) for kind, _, path in kinds if kind == "unix"]
+        for path in sockets:
+            forget_dead(path)
+        folders = tuple(path.parent for path in sockets)
+        return Reach(write=(*_TERMINALS, *logs), listen=folders, listens=True)
 
     places: _Words = ()
     """Where each port is, now that pseudo-terminals have names."""

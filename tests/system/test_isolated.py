@@ -6,8 +6,10 @@ with another guest's memory. Each attempt is made without isolation too, where i
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,7 +28,7 @@ from tests.netns import isolated
 from tests.proxy.host import until
 from tests.proxy.virtio.guests import disk_on, found
 from tests.system.served import WITHIN_S, Served
-from tests.system.test_backends import backend
+from tests.system.test_backends import backend, start_dice, wait_for_state
 from tests.transfer import here, process_guest, transfer
 from vbus.isolation import missing
 
@@ -246,6 +248,26 @@ def test_required_isolation_that_is_absent_is_refused_and_told(tmp_path: Path) -
         assert "isolated only in part: Landlock" in served.log.read_text()
 
 
+def test_who_starts_a_backend_by_hand_decides(tmp_path: Path) -> None:
+    """R60: it is isolated unless told otherwise, as one that the daemon starts."""
+    held = held_by(os.getpid())
+    with Served(tmp_path, CONFIG[: CONFIG.index("[[backend]]")]) as served:
+        free = start_dice(served, "--name", "free", "--isolation", "off")
+        dice = start_dice(served, "--path", str(tmp_path))
+        try:
+            wait_for_state(served, "free", "up")
+            wait_for_state(served, "casino", "up")
+            # An answer means that all the daemon said before has been done.
+            served.ask("device", "add", "d0", "--class", "dice", "--backend", "free")
+            served.ask("device", "add", "d1", "--class", "dice", "--backend", "casino")
+            assert held_by(free.pid) == held
+            assert held_by(dice.pid) == ("1", "2")
+        finally:
+            for process in (free, dice):
+                process.terminate()
+                assert process.wait(WITHIN_S) == 0
+
+
 # What is in the tree works isolated
 
 DISKS = """
@@ -323,13 +345,27 @@ async def check_rng(bridge: BridgeDriver) -> None:
             assert len(set(await entropy.read(64))) > 8
 
 
+def until_back(served: Served, device: str) -> None:
+    """Wait until a device is there again, of the backend's second process."""
+    end = time.monotonic() + WITHIN_S
+    while backend(served)["starts"] != 2 or (
+        served.vbus("device", "show", device).returncode
+    ):
+        assert time.monotonic() < end, served.log.read_text()
+
+
 async def test_disks_consoles_and_random_bytes_work_isolated(tmp_path: Path) -> None:
-    """The daemon knows their files; one that comes later needs one of `paths`."""
+    """The daemon knows their files; one that comes later needs one of `paths`.
+
+    All of them come back when the backend was killed, which leaves its socket behind.
+    """
     folder = tmp_path / "data"
     (folder / "sockets").mkdir(parents=True)
     (folder / "later").mkdir()
     (folder / "rom0").write_bytes(b"r" * 512)
     with Served(tmp_path, DISKS.format(folder=folder)) as served:
+        os.kill(pid_of(served, "far"), signal.SIGKILL)
+        until_back(served, "tty0")
         places = served.ask("stats", "devices/tty0/places")
         async with attach(served.socket("g1")) as bridge:
             with trio.fail_after(WITHIN_S):
@@ -338,7 +374,9 @@ async def test_disks_consoles_and_random_bytes_work_isolated(tmp_path: Path) -> 
                 await check_rng(bridge)
         words = ("device", "add", "disk1", "--class", "virtio-blk", "size=1M")
         done = served.vbus(*words, f"path={folder}/disk1")
-        assert f"{folder}/disk1 is out of reach of this isolated" in done.stderr
+        assert f"{folder}/disk1 is not there, or out of reach of this" in done.stderr
+        done = served.vbus(*words, f"path={tmp_path}/log")
+        assert f"{tmp_path}/log is out of reach of this isolated" in done.stderr
         served.ask(*words, f"path={folder}/later/disk1")
         assert (folder / "later" / "disk1").stat().st_size == 1 << 20
         assert served.stop() == 0

@@ -1,4 +1,4 @@
-"""When to start a backend again that has ended: at once, then later and later."""
+"""When to start a backend again that has ended: soon at first, then later and later."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,8 @@ class Backoff:
 
     limit: int
     """Ends in a row after which it is given up."""
+    at_once: int = 5
+    """How many of them cost no pause: who was only unlucky is back within a second."""
     first_s: float = 0.1
     most_s: float = 10.0
     healthy_s: float = 2.0
@@ -21,9 +23,10 @@ class Backoff:
         self.ends += 1
         if self.ends > self.limit:
             return None
-        if self.ends == 1:
+        if self.ends <= self.at_once:
             return 0.0
-        return float(min(self.first_s * 2 ** (self.ends - 2), self.most_s))
+        later = self.ends - self.at_once - 1
+        return float(min(self.first_s * 2**later, self.most_s))
 
     def forget(self) -> None:
         """Start counting anew."""

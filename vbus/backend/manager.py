@@ -253,7 +253,10 @@ class Backends:
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             env=environment,
-            start_new_session=True,
+            # Out of reach of the terminal's Ctrl-C. Not in a session of its own: Linux
+            # shares cores out between sessions first (autogroups), and a backend that
+            # wakes has to wait its turn behind all processes of the daemon's.
+            process_group=0,
         )
 
     # Those that come
