@@ -402,10 +402,11 @@ def test_systemd_finds_nothing_wrong_in_a_unit(name: str, tmp_path: Path) -> Non
     shutil.copytree("/lib/systemd/system", folder, symlinks=True)
     for one in UNITS.iterdir():
         shutil.copy(one, folder)
-    program = tmp_path / "usr" / "bin" / "vbus"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
+    for where, command in ("usr/bin", "vbus"), ("bin", "kill"):
+        program = tmp_path / where / command
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
     done = analyzed(f"--root={tmp_path}", "verify", "--man=no", name)
     ours = [line for line in done.stderr.splitlines() if "vbus" in line]
     assert (done.returncode, ours) == (0, [])
