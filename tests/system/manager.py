@@ -44,7 +44,6 @@ class Manager:
         self._environment = environment
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(folder / "notify"))
-        self._notify.settimeout(0.1)
         self.process: subprocess.Popen[bytes] | None = None
 
     def listen(self, path: Path, name: str) -> None:
@@ -104,12 +103,13 @@ class Manager:
         """What is stored of the daemon's state."""
         return [os.pread(fd, 1 << 20, 0) for name, fd in self.store if "state" in name]
 
-    def take(self) -> bool:
+    def take(self, within_s: float = 0.1) -> bool:
         """Take one message, if there is one within a moment."""
         size = socket.CMSG_SPACE(_MOST_FDS * 4)
+        self._notify.settimeout(within_s)
         try:
             data, ancillary, _, _ = self._notify.recvmsg(4096, size)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             return False
         fds = array.array("i")
         for _, _, rights in ancillary:
@@ -149,10 +149,16 @@ class Manager:
         self.wait_for("READY=1")
 
     def end(self, number: signal.Signals) -> int:
-        """Signal the process and give its exit status."""
+        """Signal the process and give its exit status.
+
+        What it said last is taken before anybody hears of its end, as systemd does.
+        """
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(WITHIN_S)
+        status = self.process.wait(WITHIN_S)
+        while self.take(0):
+            pass
+        return status
 
     def vbus(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """Run a client command."""

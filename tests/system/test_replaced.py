@@ -219,7 +219,5 @@ def test_a_state_that_makes_no_sense_is_as_good_as_none(tmp_path: Path) -> None:
             assert manager.log.read_text().count("starting anew") == number
             assert manager.guest().is_socket()
             manager.end(signal.SIGKILL)
-            while manager.take():
-                pass
             for name in [name for name, _ in manager.store if "state" in name]:
                 manager.forget(name)

@@ -3,19 +3,33 @@ goes on in another one's place."""
 
 import os
 import random
+import socket
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
+from proxy.guest import attach
 from shm import Doorbell, create_memfd
 from vbus import Device, SharedMemory, abi, saved
 from vbus.abi import EventId
 from vbus.bus import BusModel
 from vbus.device import Connection
 from vbus.errors import InvalidError, VbusError
-from vbus.saved import Held, Kept, Running, SavedBridge, State
+from vbus.saved import (
+    Held,
+    Kept,
+    Running,
+    SavedBridge,
+    SavedClient,
+    SavedInterrupts,
+    SavedRange,
+    SavedStream,
+    State,
+)
 from vbus.testing import RecordedBridge, now
+from vbus.vfio_user.server import VfioUserServer
 
 
 class Sink(Device):
@@ -285,3 +299,48 @@ def _bent(value: object, chance: random.Random) -> object:
     if number and chance.random() < 1 / 30:
         return chance.choice([0, 1, 7, 4096, (1 << 20) - 1])
     return value
+
+
+# A server
+
+
+def client_of(fd: int, memory: int) -> SavedClient:
+    """A client at socket `fd`, with a range of memory in `memory`."""
+    return SavedClient(
+        SavedStream(fd, b"", (), (), 0, {}),
+        8,
+        1 << 20,
+        SavedInterrupts((), (), ()),
+        SavedBridge(
+            (SavedRange(0, 4096, 0, True, False, memory),), bytes(256), b"", b"", None
+        ),
+    )
+
+
+@pytest.mark.parametrize("with_socket", [False, True])
+async def test_a_client_that_cannot_be_taken_over_is_cut_off(
+    tmp_path: Path, with_socket: bool
+) -> None:
+    """R50, R60: no socket, or an eventfd for memory; the next client is served."""
+    ours, theirs = socket.socketpair()
+    eventfd = os.eventfd(0)
+    fds = [theirs.detach() if with_socket else os.dup(eventfd), eventfd]
+    with RecordedBridge() as recorded, ours:
+        recorded.peer.detach()
+        server = VfioUserServer(
+            recorded.bridge,
+            tmp_path / "g1.sock",
+            resumed=client_of(0, 1),
+            held=(held := Held(fds)),
+        )
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve)
+            held.close()
+            with trio.fail_after(10):
+                if with_socket:
+                    await trio.lowlevel.wait_readable(ours)
+                    assert ours.recv(1) == b""
+                async with attach(tmp_path / "g1.sock", memory_mib=1):
+                    assert server.attached
+            nursery.cancel_scope.cancel()
+    theirs.close()

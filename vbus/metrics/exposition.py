@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import NamedTuple, get_type_hints
+from typing import get_type_hints
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -18,21 +18,13 @@ from prometheus_client.registry import Collector
 
 from shm.statistics import GAUGE
 from vbus.meter import LatencyStatistics
+from vbus.metrics.sample import Labels, Sample
 
 _NOT_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 _US_PER_S = 1e6
 _TOO_BIG = 1 << 256
 """No counter gets there, and a number must fit into a float."""
 _UNKNOWN = "unknown"
-Labels = dict[str, str]
-
-
-class Sample(NamedTuple):
-    """The statistics of one object: `kind` begins its metrics' names."""
-
-    kind: str
-    labels: Labels
-    statistics: object
 
 
 def render(samples: Iterable[Sample]) -> bytes:

@@ -9,7 +9,7 @@ thread.
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from vbus.control.statistics import (
     sources,
 )
 from vbus.errors import BusyError, InvalidError
-from vbus.metrics.exposition import Sample, render
+from vbus.metrics.sample import Sample
 from vbus.sockets import Access, listen, unlinker
 
 if TYPE_CHECKING:
@@ -50,6 +50,13 @@ def address_of(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def _render(samples: Sequence[Sample]) -> bytes:
+    # Its imports are a sixth of the daemon's start, which guests may wait for.
+    from vbus.metrics.exposition import render
+
+    return render(samples)
+
+
 class Metrics:
     """The text, made when it is asked for and kept for a moment."""
 
@@ -69,7 +76,7 @@ class Metrics:
                     samples.append(sample)
                     if len(samples) % _AT_A_TIME == 0:
                         await trio.lowlevel.checkpoint()
-                self._text = await trio.to_thread.run_sync(render, samples)
+                self._text = await trio.to_thread.run_sync(_render, samples)
                 self._made_at = trio.current_time()
             return self._text
 

@@ -63,13 +63,13 @@ def receive(inherited: Iterable[Inherited]) -> Legacy:
 
     A state that makes no sense is as good as none, with one line in the log.
     """
-    sorts: dict[str, list[Inherited]] = {_HELD: [], _STATE: [], "": []}
-    for one in inherited:
-        stored = one.name.startswith(_STORED)
-        sort = _STATE if stored else one.name
-        sorts[sort if sort in sorts else ""].append(one)
-    held = Held([one.fd for one in sorts[_HELD]])
-    states = sorted(sorts[_STATE], key=lambda one: _generation(one.name))
+    passed = list(inherited)
+    states = [one for one in passed if (one.name + ".").startswith(_STORED)]
+    executed = any(one.name == _STATE for one in states)
+    ours = [one for one in passed if one.name == _HELD and executed]
+    rest = [one for one in passed if one not in states and one not in ours]
+    held = Held([one.fd for one in ours])
+    states.sort(key=lambda one: _generation(one.name))
     known = tuple(one.name for one in states if one.name != _STATE)
     try:
         state = saved.read(states[-1].fd) if states else None
@@ -82,11 +82,11 @@ def receive(inherited: Iterable[Inherited]) -> Legacy:
             os.close(one.fd)
     if state is None or config is None:
         held.close()
-        return Legacy(None, None, known, sorts[""])
+        return Legacy(None, None, known, rest)
     config = msgspec.structs.replace(config, source="saved state")
     if state.running is not None:
         known = state.running.stored
-    return Legacy(config, Predecessor(state.running, held), known, sorts[""])
+    return Legacy(config, Predecessor(state.running, held), known, rest)
 
 
 def _generation(name: str) -> int:
@@ -152,13 +152,13 @@ class Memory:
 
 async def replace(daemon: Daemon, notifier: Notifier, memory: Memory) -> None:
     """Go on as a new process image; returns only if that cannot be, and says why."""
+    if not await _can_start():
+        logger.error("not replaced: what is installed now does not start")
+        return
     for exposed in daemon.exposed.values():
         if exposed.server.attached:
             logger.error("not replaced: %s has a guest that cannot wait", exposed.name)
             return
-    if not await _can_start():
-        logger.error("not replaced: what is installed now does not start")
-        return
     try:
         with daemon.closed() as quiet:
             servers = [guest.server for guest in daemon.guests.values()]
@@ -177,10 +177,10 @@ async def replace(daemon: Daemon, notifier: Notifier, memory: Memory) -> None:
 async def _can_start() -> bool:
     """Try what would be executed: an upgrade gone wrong must not cost the guests."""
     words = sys.orig_argv[1:]
-    if "serve" in words:
-        words = [*words[: words.index("serve") + 1], "--help"]
+    if "serve" not in words:
+        return False  # somebody's own program: who knows what it would do
     tried = await trio.run_process(
-        [sys.executable, *words],
+        [sys.executable, *words[: words.index("serve") + 1], "--help"],
         check=False,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

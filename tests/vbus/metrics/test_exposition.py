@@ -8,7 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from shm import Gauge
 from vbus.meter import Meter
-from vbus.metrics.exposition import Sample, render
+from vbus.metrics.exposition import render
+from vbus.metrics.sample import Sample
 
 
 @dataclass(frozen=True)
