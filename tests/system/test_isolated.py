@@ -248,24 +248,23 @@ def test_required_isolation_that_is_absent_is_refused_and_told(tmp_path: Path) -
         assert "isolated only in part: Landlock" in served.log.read_text()
 
 
-def test_who_starts_a_backend_by_hand_decides(tmp_path: Path) -> None:
+def test_who_starts_a_backend_by_hand_decides(spied: Served, tmp_path: Path) -> None:
     """R60: it is isolated unless told otherwise, as one that the daemon starts."""
     held = held_by(os.getpid())
-    with Served(tmp_path, CONFIG[: CONFIG.index("[[backend]]")]) as served:
-        free = start_dice(served, "--name", "free", "--isolation", "off")
-        dice = start_dice(served, "--path", str(tmp_path))
-        try:
-            wait_for_state(served, "free", "up")
-            wait_for_state(served, "casino", "up")
-            # An answer means that all the daemon said before has been done.
-            served.ask("device", "add", "d0", "--class", "dice", "--backend", "free")
-            served.ask("device", "add", "d1", "--class", "dice", "--backend", "casino")
-            assert held_by(free.pid) == held
-            assert held_by(dice.pid) == ("1", "2")
-        finally:
-            for process in (free, dice):
-                process.terminate()
-                assert process.wait(WITHIN_S) == 0
+    free = start_dice(spied, "--name", "free", "--isolation", "off")
+    dice = start_dice(spied, "--path", str(tmp_path))
+    try:
+        wait_for_state(spied, "free", "up")
+        wait_for_state(spied, "casino", "up")
+        # An answer means that all the daemon said before has been done.
+        spied.ask("device", "add", "d0", "--class", "dice", "--backend", "free")
+        spied.ask("device", "add", "d1", "--class", "dice", "--backend", "casino")
+        assert held_by(free.pid) == held
+        assert held_by(dice.pid) == ("1", "2")
+    finally:
+        for process in (free, dice):
+            process.terminate()
+            assert process.wait(WITHIN_S) == 0
 
 
 # What is in the tree works isolated
@@ -321,9 +320,9 @@ async def check_console(bridge: BridgeDriver, folder: Path, pty: Path) -> None:
         console = Console(device)
         await console.start()
         async with beside(console.run):
-            await until(lambda: len(console.ports) == 3)
-            log = console.ports[2]
-            await log.send(b"logged\n")
+            for port in console.ports:
+                await port.there.wait()
+            await console.ports[2].send(b"logged\n")
             await until(lambda: (folder / "log0").read_bytes() == b"logged\n")
             terminal = os.open(pty, os.O_RDWR | os.O_NOCTTY)
             try:
