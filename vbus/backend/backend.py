@@ -124,6 +124,11 @@ class Backend:
         self.up = trio.Event()
         self._tell({"event": "backend-down", "backend": self.name, "message": reason})
 
+    def give_up(self) -> None:
+        """It ended too often: there will be no other process unless somebody asks."""
+        self.state = State.FAILED
+        self._tell({"event": "backend-failed", "backend": self.name})
+
     def device_failed(self, name: str, message: str) -> None:
         """A device's own task failed there: it leaves its buses."""
         log.error("device %s failed in backend %s: %s", name, self.name, message)
