@@ -10,7 +10,7 @@ import inspect
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from errno import EIO
 from typing import Any, NamedTuple, Protocol
@@ -157,6 +157,53 @@ class BusClient:
             finish,
             f"open of {device.name} by {self._guest}",
             ended=lambda answer: self._opened(connection, answer, started),
+        )
+
+    def resume(
+        self,
+        interface: Interface,
+        version: int,
+        shared: Sequence[SharedMemory],
+        state: bytes,
+        prepare: Callable[[Connection], object],
+    ) -> Result:
+        """Go on with a connection that another process had, and its memories.
+
+        `prepare` is called with the connection before the device is.
+        """
+        device = interface.device
+        connection = Connection(device, self._guest, version, self._memory)
+        prepare(connection)
+        device.connections.add(connection)
+        self._opening.add(connection)
+        started = time.perf_counter_ns()
+        for shm in shared:
+            connection.sharing[shm.id] = shm
+            self._shm_count += 1
+            self._signal_count += shm.signal is not None
+
+        def ended(answer: Outcome[None]) -> None:
+            self._opened(connection, answer, started)
+            if connection.state is not State.OPEN:
+                self.release(connection)
+                return
+            for shm in shared:
+                event = Event(EventId.SHMSIGNAL, shm.cookie, priority=shm.prio)
+                path = Signal(shm, event, connection)
+                self._shared(connection, path, answer, started)
+
+        def finish(answer: Outcome[None]) -> int:
+            answer.unwrap()
+            if connection.state is not State.OPEN:
+                raise NotFoundError(f"{connection}: ended while it was resumed")
+            return 0
+
+        return ask(
+            device,
+            lambda: device.resume(connection, state, shared),
+            finish,
+            f"resuming {device.name} for {self._guest}",
+            ended=ended,
         )
 
     def _opened(

@@ -20,7 +20,7 @@ Connection and SharedMemory, and its host only as `self.host`.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from vbus.attributes import Attribute, attribute, attributes_of
@@ -71,6 +71,11 @@ class Device:
     """The ABI version a guest's driver must ask for."""
     max_connections: ClassVar[int] = 1
     """Open connections at a time, over all guests; the next is refused (-EBUSY)."""
+    transparent: ClassVar[bool] = False
+    """In a backend of the daemon's: after its process ended, the next one goes on with
+    the open connections by `resume`, and the guest notices nothing."""
+    area_size: ClassVar[int] = 0
+    """Bytes of `Connection.area` for a transparent device."""
 
     attributes: ClassVar[dict[str, Attribute[Any]]] = {}
     calls: ClassVar[dict[int, tuple[str, bool]]] = {}
@@ -156,6 +161,26 @@ class Device:
     ) -> Awaitable[None] | None:
         """Accept memory the guest shares under `shm.id`, or raise a VbusError."""
         return None
+
+    def save(self, connection: Connection) -> bytes:
+        """Give what `resume` will need, in at most 32 KiB; of a transparent device.
+
+        Asked after `open` and after each call, before the guest has the answer: calls
+        of one connection come one after the other. For what changes at other times
+        the device calls `connection.save()`.
+        """
+        return b""
+
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> Awaitable[None] | None:
+        """Go on with a connection of a process that ended, in place of `open`.
+
+        `shared` is what the guest shares, in the order in which it did; `state` what
+        `save` gave last, and `connection.area` as it was left, both as hostile as all
+        that another process wrote. A VbusError ends the connection.
+        """
+        raise InvalidError(f"{self.name} cannot resume a connection")
 
     def call(
         self, connection: Connection, func: int, data: bytes, flags: int

@@ -70,6 +70,7 @@ class BackendHost:
             wire.Unmap: self._unmap,
             wire.Forget: self._forget,
             wire.Open: self._open,
+            wire.Resume: self._resume,
             wire.Share: self._share,
             wire.Call: self._call,
             wire.Close: self._close,
@@ -247,13 +248,16 @@ class BackendHost:
     def _failed(self, connection: int, message: str) -> None:
         self._say(wire.Failed(connection, message[:_TEXT]))
 
-    def _open(self, said: wire.Open, _fds: list[int]) -> "_Later | wire.Reply":
+    def _open(self, said: wire.Open, fds: list[int]) -> "_Later | wire.Reply":
         device = self._model.device(said.device)
         guest = self._guests.get(said.guest)
         if guest is None:
             raise NotFoundError(f"no guest {said.guest}")
         self._owners[said.connection] = guest
-        return _answer(guest.open(said.connection, device, said.version))
+        return _answer(guest.open(said, device, fds[0] if fds else None))
+
+    def _resume(self, said: wire.Resume, _fds: list[int]) -> "_Later | wire.Reply":
+        return _answer(self._owner(said.connection).resume(said.connection))
 
     def _share(self, said: wire.Share, fds: list[int]) -> "_Later | wire.Reply":
         bells: list[Doorbell] = []
@@ -268,7 +272,7 @@ class BackendHost:
 
     def _call(self, said: wire.Call, _fds: list[int]) -> "_Later | wire.Reply":
         out: list[bytes] = []
-        return _answer(self._owner(said.connection).call(said, out.append), out)
+        return _answer(self._owner(said.connection).call(said, out), out)
 
     def _close(self, said: wire.Close, _fds: list[int]) -> "_Later | wire.Reply":
         return _answer(self._owner(said.connection).close(said.connection))
@@ -320,6 +324,8 @@ def class_info(name: str, cls: type[Device]) -> wire.ClassInfo:
         cls.type,
         cls.version,
         cls.max_connections,
+        cls.transparent,
+        cls.area_size,
         (cls.__doc__ or "").partition("\n")[0][:_TEXT],
         attributes,
     )

@@ -150,8 +150,8 @@ class Backends:
         one = self._supervised.get(name)
         if one is None:
             raise BusyError(f"backend {name} is not started by this daemon")
-        if backend.link is not None:
-            await self._renew_standby(one)
+        if backend.link is not None and await self._renewed(one):
+            return
         one.backoff.forget()
         one.tried = trio.Event()
         one.again.set()
@@ -161,18 +161,24 @@ class Backends:
         if backend.state is not State.UP:
             raise VbusError(f"backend {name} did not come up: {backend.last_end}")
 
-    async def _renew_standby(self, one: _Supervised) -> None:
-        """Replace the process that waits by one of what is installed now."""
+    async def _renewed(self, one: _Supervised) -> bool:
+        """Replace the process that waits by one of what is installed now.
+
+        True if that works already: the one before it has ended meanwhile.
+        """
         backend = one.backend
-        old, one.standby = one.standby, self._start(one)
+        old, child = one.standby, self._start(one)
+        one.standby = child
         if old is not None:
             old.kill()
-        if one.standby is None:
+        if child is None:
             raise VbusError(f"backend {backend.name}: {backend.last_end}")
-        await one.standby.greeted.wait()
-        if one.standby.ended.is_set():
-            why = one.standby.reason
-            raise VbusError(f"backend {backend.name} did not come up: {why}")
+        await child.greeted.wait()
+        if child.turn.is_set():
+            await child.settled.wait()
+        if child.ended.is_set():
+            raise VbusError(f"backend {backend.name} did not come up: {child.reason}")
+        return child.turn.is_set()
 
     async def count(self) -> None:
         """Bring all devices' statistics up to date; one that hangs keeps its old."""
