@@ -127,15 +127,23 @@ class BusClient:
     # Open
 
     def open(
-        self, interface: Interface, version: int, tell: Callable[[Connection], None]
+        self,
+        interface: Interface,
+        version: int,
+        tell: Callable[[Connection], None],
+        prepare: Callable[[Connection], object] = lambda _: None,
     ) -> Result:
-        """Open a device; `tell` writes the handle to the guest."""
+        """Open a device; `tell` writes the handle to the guest.
+
+        `prepare` is called with the connection before the device is.
+        """
         device = interface.device
         if version != device.version:
             raise InvalidError(f"{device.name}: version {version} is not its ABI")
         if len(device.connections) >= device.max_connections:
             raise BusyError(f"{device.name} is open already")
         connection = Connection(device, self._guest, version, self._memory)
+        prepare(connection)
         device.connections.add(connection)
         self._opening.add(connection)
         started = time.perf_counter_ns()

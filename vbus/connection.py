@@ -186,8 +186,9 @@ class Connection:
         self.ended: Ended | None = None
         self.shm: dict[int, SharedMemory] = {}
         self.sharing: dict[int, SharedMemory] = {}
-        self.area: View | None = None
-        """Memory that outlives this process, for a transparent device in a backend."""
+        self.area: AddressSpace | None = None
+        """Memory that outlives this process, `Device.area_size` bytes from 0 on: of a
+        transparent device in a backend."""
         self.save: Callable[[], object] = lambda: None
         """Have `Device.save` asked now."""
         self._state = State.OPENING

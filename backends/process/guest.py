@@ -118,10 +118,9 @@ class GuestSide:
             if self._opened.get(number) is not opened:
                 raise NotFoundError(f"{connection}: ended while it was opened")
             opened.connection = connection
-            opened.prepare(connection)
             connection.save()
 
-        return self._client.open(_interface(device), said.version, tell)
+        return self._client.open(_interface(device), said.version, tell, opened.prepare)
 
     def resume(self, number: int) -> Result:
         """Go on with a connection whose memories were shared again."""

@@ -22,8 +22,10 @@ from tests.system.test_hostile import settled
 from vbus.control.client import ControlClient
 from vbus.errors import CallTimeoutError, NoDeviceError, VbusError
 
-KILLS = int(os.environ.get("VBUS_TEST_TRANSPARENT_KILLS", "3"))
+KILLS = int(os.environ.get("VBUS_TEST_TRANSPARENT_KILLS", "2"))
 """How often a process is killed in each test that kills at random moments."""
+PAUSE_S = float(os.environ.get("VBUS_TEST_TRANSPARENT_PAUSE_S", "0"))
+"""Least time between kills: more than 2, and none counts as one of a row."""
 
 TALLY = f"""
 [[backend]]

@@ -24,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from shm import AddressSpace, View, create_memfd
+from shm import AddressSpace, create_memfd
 from vbus.errors import NoSpaceError, ProtocolError
 
 MAGIC: Final = 0x43455256
@@ -72,7 +72,9 @@ class Record:
         self._space.map(0, length, fd)
         self._view = self._space.view(0, length)
         self._last = _Commit()
-        self.area: View | None = self._space.view(_AREA, size) if size else None
+        self.area = AddressSpace()
+        if size:
+            self.area.map(0, length - _AREA, fd, _AREA)
         if fresh:
             self._view.write(0, _HEAD.pack(MAGIC, VERSION, size))
             self._commits = 0
@@ -140,3 +142,4 @@ class Record:
     def close(self) -> None:
         """Unmap it."""
         self._space.clear()
+        self.area.clear()
