@@ -6,16 +6,23 @@ All of ABI section 7 that is not moving bytes. The states of a session:
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
 from typing import Final
 
+import msgspec
 import trio
 
 from backends.venet.flag import Flag
 from ioq import AdaptiveSpin, RingFault
 from vbus.device import Connection, SharedMemory
-from vbus.errors import ExistsError, InvalidError, NotFoundError, VbusError
+from vbus.errors import (
+    ExistsError,
+    InvalidError,
+    NotFoundError,
+    ProtocolError,
+    VbusError,
+)
 from vbus.net import FrameBatch, HostEnd
 from vbus.net._core import BELL_EVENTS, BELL_RX, BELL_TX
 
@@ -88,6 +95,14 @@ OFFERED: Final[Mapping[Group, int]] = {
 _CAPABILITIES = struct.Struct("<II")
 _QUERY = struct.Struct("<IIII16x")
 _RINGS = {Shm.RX, Shm.TX, Shm.EVENTS, Shm.PAGES}
+
+
+class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    accepted: dict[int, int]
+    up: bool
+
+
+_SAVED: Final = msgspec.msgpack.Decoder(_Saved)
 
 
 class Session:
@@ -172,6 +187,34 @@ class Session:
     def flush_rx(self) -> None:
         """FLUSHRX; 0 with the link down too (12.1)."""
         self.end.flush_rx()
+
+    # For another process
+
+    def save(self) -> bytes:
+        """Say what was agreed on; where the rings stand is in the record."""
+        agreed = {int(group): bits for group, bits in self._accepted.items()}
+        return msgspec.msgpack.encode(_Saved(agreed, self.up.value))
+
+    def resume(self, state: bytes, shared: Sequence[SharedMemory]) -> None:
+        """Go on where another process was. Raises VbusError, RingFault."""
+        try:
+            saved = _SAVED.decode(state)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"no state of a venet: {error}") from None
+        for group in Group:
+            bits = saved.accepted.get(group, 0)
+            self._accepted[group] = bits & self._offered.get(group, 0)
+        self._configure()
+        for shm in shared:
+            self.share(shm)
+        try:
+            self.end.resume()
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        if saved.up and Shm.RX in self._shared and Shm.TX in self._shared:
+            self.end.set_up(True)
+            self.up.set(True)
+        self._deferred.set(self.end.pending > 0)
 
     # Shared memory (7.1)
 

@@ -8,6 +8,7 @@ from shm import View
 
 BATCH: int
 BELL_RX: int
+RECORD_SIZE: int
 BELL_TX: int
 BELL_EVENTS: int
 
@@ -33,7 +34,11 @@ class TapEnd:
 
 @final
 class HostEnd:
-    def __new__(cls, mtu: int, mitigation: int, /) -> HostEnd: ...
+    def __new__(
+        cls, mtu: int, mitigation: int, record: View | None = None, /
+    ) -> HostEnd: ...
+    def begin(self) -> None: ...
+    def resume(self) -> None: ...
     def attach(self, part: str, memory: Ring | View, /) -> None: ...
     def configure(
         self, tx_caps: int, rx_caps: int, events: bool, txc: bool, /
