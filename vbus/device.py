@@ -47,6 +47,18 @@ class Host(Protocol):
         """
         ...
 
+    def keep(self, fd: int | None) -> None:
+        """Have a copy of a descriptor outlive this process, if somebody can.
+
+        One for each device, the last; of a transparent device in a backend of the
+        daemon's. None: there is none any more.
+        """
+        ...
+
+    def kept(self) -> int | None:
+        """Take the descriptor that a process before this one kept for the device."""
+        ...
+
 
 def call(func: int) -> Callable[[Handler], Handler]:
     """Mark the method that answers DEVCALL number `func`.

@@ -6,6 +6,7 @@ is answered in the order in which it came.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class BackendHost:
         self._running: dict[int, trio.CancelScope] = {}
         self._serving: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery
+        model.keep = self._keep
         self._does: dict[
             type[wire.Request], Callable[[Any, list[int]], _Later | wire.Reply | None]
         ] = {
@@ -180,12 +182,27 @@ class BackendHost:
 
     # Devices
 
-    def _create(self, said: wire.Create, _fds: list[int]) -> wire.Reply:
-        device = self._model.add_device(said.device, said.class_name, said.attributes)
+    def _create(self, said: wire.Create, fds: list[int]) -> wire.Reply:
+        if fds:
+            self._model.kept[said.device] = fds.pop()
+        try:
+            device = self._model.add_device(
+                said.device, said.class_name, said.attributes
+            )
+        finally:
+            left = self._model.kept.pop(said.device, None)
+            if left is not None:
+                os.close(left)
         if device.overrides("serve"):
             scope = self._serving[device.name] = trio.CancelScope()
             self._nursery.start_soon(self._serve, device, scope)
         return wire.Reply(0, values=_attributes(device))
+
+    def _keep(self, name: str, fd: int | None) -> None:
+        if fd is None:
+            self._say(wire.Keep(name, comes=False))
+        else:
+            self._socket.send(wire.encode(wire.Keep(name), 1), [fd])
 
     async def _serve(self, device: Device, scope: trio.CancelScope) -> None:
         """Run a device's own task; when it fails its connections end."""

@@ -8,6 +8,7 @@ with all that guests have open, until the next process goes on with them or it f
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -58,6 +59,7 @@ class Backend:
         self.up = trio.Event()
         """Replaced when it goes down."""
         self._brought: set[str] = set()
+        self._kept: dict[str, int] = {}
         self._model = model
         self._tell = tell
 
@@ -88,7 +90,7 @@ class Backend:
         self.classes = classes
         self.link = link
         self.starts += 1
-        link.welcome(self.name)
+        link.welcome(self.name, self._keep)
         self._take_along(hello.devices)
         for device in tuple(self.wanted.values()):
             await self._make_or_say(device)
@@ -125,9 +127,7 @@ class Backend:
             return False
         link, before = self._up(), device.link
         try:
-            values = await link.create(
-                wanted.name, wanted.class_name, dict(wanted.attributes)
-            )
+            values = await self._create(link, wanted)
         except VbusError:
             if not link.ending:
                 self._drop(device)
@@ -140,8 +140,35 @@ class Backend:
             device.goes_on()
         return True
 
+    async def _create(self, link: BackendLink, wanted: DeviceConfig) -> dict[str, Any]:
+        kept = self._kept.get(wanted.name)
+        fds = [] if kept is None else [kept]
+        return await link.create(
+            wanted.name, wanted.class_name, dict(wanted.attributes), fds
+        )
+
+    def _keep(self, name: str, fd: int | None) -> None:
+        """Keep a descriptor for a device's next process, if it has one."""
+        self.let_go(name)
+        if fd is None:
+            return
+        wanted = self.wanted.get(name)
+        cls = None if wanted is None else self.classes.get(wanted.class_name)
+        if cls is not None and issubclass(cls, TransparentDevice):
+            self._kept[name] = fd
+        else:
+            os.close(fd)
+
+    def let_go(self, name: str | None = None) -> None:
+        """Close what is kept for a device, or for all."""
+        for each in [*self._kept] if name is None else [name]:
+            fd = self._kept.pop(each, None)
+            if fd is not None:
+                os.close(fd)
+
     def _drop(self, device: TransparentDevice) -> None:
         """Have a device leave that nobody will go on with."""
+        self.let_go(device.name)
         self._remember_buses(device)
         device.give_up()
         self._model.remove_device(device.name)
@@ -231,6 +258,7 @@ class Backend:
         if self.link is not None and name in self._model.devices:
             await self.link.remove(name)
         self.wanted.pop(name, None)
+        self.let_go(name)
         if name in self._model.devices:
             self._model.remove_device(name)
 
@@ -279,9 +307,7 @@ class Backend:
         link, cls = self._up(), self._cls(wanted)
         for bus in wanted.buses:
             self._model.bus(bus)
-        values = await link.create(
-            wanted.name, wanted.class_name, dict(wanted.attributes)
-        )
+        values = await self._create(link, wanted)
         try:
             return self._adopt(wanted, cls, values)
         except BaseException:

@@ -45,6 +45,7 @@ _BEATS = 4
 """Pings in the time of a deadline."""
 
 Done = Callable[[wire.Reply | None], object]
+Keep = Callable[[str, int | None], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,8 @@ class BackendLink:
         self._last_number = 0
         self._requests = self._bells = 0
         self._device_failed: Callable[[str, str], object] = lambda *_: None
+        self._keep: Keep
+        self._fds: list[int] = []
         self._nursery: trio.Nursery
 
     async def serve(
@@ -166,6 +169,7 @@ class BackendLink:
     async def _end(self, orderly: bool) -> None:
         self.ending = True
         self._socket.close()
+        close_all(self._fds)
         await self._fail_calls()
         if not await self.process.end(orderly=orderly):
             log.error("%s: process %d cannot be killed", self.name, self.process.pid)
@@ -213,7 +217,7 @@ class BackendLink:
             if received is None:
                 continue
             data, fds = received
-            close_all(fds)
+            self._fds += fds
             if not data:
                 raise _Gone("it hung up")
             for event in self._core.feed(data, len(fds)):
@@ -224,6 +228,8 @@ class BackendLink:
                     self._answered(event)
                 elif isinstance(event, wire.Failed):
                     self._failed(event)
+                elif isinstance(event, wire.Keep):
+                    self._keep(event.device, self._fds.pop(0) if event.comes else None)
                 else:
                     self._device_failed(event.device, event.message)
 
@@ -236,9 +242,13 @@ class BackendLink:
             self._socket.send(wire.encode(wire.Refused(str(error))))
             raise ProtocolError(str(error)) from error
 
-    def welcome(self, name: str) -> None:
-        """Tell it that it may stay, and what it is called here."""
+    def welcome(self, name: str, keep: Keep) -> None:
+        """Tell it that it may stay, and what it is called here.
+
+        `keep` gets each descriptor that a device shall have in the next process.
+        """
         self.name = name
+        self._keep = keep
         self._socket.send(wire.encode(wire.Welcome(wire.VERSION, name)))
 
     def _answered(self, event: Answered) -> None:
@@ -537,10 +547,19 @@ class BackendLink:
     # What the manager does
 
     async def create(
-        self, name: str, class_name: str, attributes: dict[str, Any]
+        self,
+        name: str,
+        class_name: str,
+        attributes: dict[str, Any],
+        fds: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Make a device there; gives its attributes. Raises what it refuses with."""
-        reply = await self.ask(lambda id: wire.Create(id, name, class_name, attributes))
+        """Make a device there, with what was kept for it; gives its attributes.
+
+        Raises what it refuses with.
+        """
+        reply = await self.ask(
+            lambda id: wire.Create(id, name, class_name, attributes), fds
+        )
         return _values(reply, name)
 
     async def change(self, name: str, attribute: str, value: object) -> dict[str, Any]:

@@ -131,6 +131,8 @@ class Backends:
                 while True:
                     await self._accept(listener, self._nursery)
         finally:
+            for backend in self.named.values():
+                backend.let_go()
             listener.close()
             unlink()
 

@@ -8,7 +8,8 @@
              `DeviceFailed`
     fds      go from the daemon to the backend, with the first byte of their message:
              one for each range of `Map`; the record of an `Open`; the doorbell and the
-             bell of a `Share` with a signal. None ever comes from a backend.
+             bell of a `Share` with a signal; what was kept with a `Create`. From a
+             backend comes one, with `Keep`; the daemon only keeps it.
 
 Guests and connections have numbers that the daemon gives and never uses again. What a
 number says is good for the backend it was said to, and nobody else.
@@ -124,6 +125,16 @@ class DeviceFailed(Message, frozen=True):
     message: Annotated[str, Meta(max_length=4096)] = ""
 
 
+class Keep(Message, frozen=True):
+    """Give the descriptor that comes along to the next process, with the device.
+
+    Without `comes` there is none any more.
+    """
+
+    device: Name
+    comes: bool = True
+
+
 # From the daemon
 
 
@@ -157,7 +168,10 @@ class Ping(Request, frozen=True):
 
 
 class Create(Request, frozen=True):
-    """Make a device; `values` are its attributes then."""
+    """Make a device; `values` are its attributes then.
+
+    The descriptor that an earlier process kept for it comes along.
+    """
 
     device: str
     class_name: str
@@ -271,7 +285,7 @@ class End(Request, frozen=True):
     connection: int
 
 
-FromBackend = Hello | Reply | Failed | DeviceFailed
+FromBackend = Hello | Reply | Failed | DeviceFailed | Keep
 FromDaemon = (
     Welcome
     | Refused
