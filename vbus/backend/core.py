@@ -91,7 +91,7 @@ class BackendCore:
                 raise ProtocolError(f"a message that names {frame.fds} descriptors")
             self._fds -= frame.fds
             events.append(event)
-        if not 0 <= self._fds <= (self._frames.missing > 0):
+        if not 0 <= self._fds <= self._frames.begun:
             raise ProtocolError("descriptors and messages do not match")
         return events
 

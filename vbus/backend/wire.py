@@ -335,6 +335,11 @@ class Frames:
         self._buffer = bytearray()
 
     @property
+    def begun(self) -> bool:
+        """Is there a frame that is not whole?"""
+        return bool(self._buffer)
+
+    @property
     def missing(self) -> int:
         """Bytes that the frame under way still lacks; 0 if it has no head yet."""
         if len(self._buffer) < HEAD.size:
