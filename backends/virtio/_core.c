@@ -80,6 +80,7 @@ static bool record_in(Queue *self, PyObject *view_object, bool resume)
         return false;
     }
     self->record = Py_NewRef(view_object);
+    self->queue.kept = view;
     error = vq_record_begin(&self->queue, memory, resume);
     if (error == -ENOMEM)
         PyErr_NoMemory();

@@ -34,6 +34,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *kept[MAX_PARTS];
     PyObject *record; /* the view that end.record lies in; NULL: it is our own */
+    struct vb_view *view; /* that view's; NULL too once it is dead */
     struct vn_host end;
 } Host;
 

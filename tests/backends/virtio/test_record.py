@@ -295,6 +295,16 @@ def test_the_next_queue_takes_what_was_out(kept: Kept) -> None:
     assert kept.queue(resume=True).pop_batch(8) == []
 
 
+def test_a_record_that_is_unmapped_breaks_the_queue(kept: Kept) -> None:
+    begun(kept)
+    queue = kept.queue(resume=True)
+    (chain,) = queue.pop_batch(8)
+    kept.space.clear()
+    with pytest.raises(ProtocolError):
+        queue.push(chain, 0)
+    assert queue.broken == "record-unmapped"
+
+
 def test_a_record_of_another_ring_is_refused(kept: Kept) -> None:
     with pytest.raises(InvalidError):
         kept.queue(resume=True)  # nothing was ever written there

@@ -28,6 +28,7 @@ struct vq {
     uint32_t moved;     /* used, and not decided on whether to notify; same units */
     bool restored;      /* not known what the driver was told: tell it once */
     struct vq_record *record; /* of what is in flight, or NULL; see virtio/record.h */
+    struct vb_view *kept;     /* the view that it lies in, if that can die */
     uint16_t *spare, *again, *batch; /* its entries: free; to take again; to publish */
     uint32_t spares, agains, again_at, batched, noted;
     uint64_t order;
@@ -153,6 +154,8 @@ static inline int vq_open(struct vq *q, struct vb_space *space, uint32_t size,
 /* The ring's memory, at the begin of every operation: 0, or broken. */
 static inline int vq_check(struct vq *q)
 {
+    if (q->kept && !vb_view_alive(q->kept))
+        return vq_fail(q, "record-unmapped");
     return vq_parts_alive(&q->parts) ? 0 : vq_fail(q, "ring-unmapped");
 }
 
