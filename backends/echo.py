@@ -5,6 +5,8 @@ ring 0, requests    the guest fills it
 ring 1, replies     the guest posts empty buffers; each request comes back in one
 """
 
+from collections.abc import Sequence
+
 from vbus.device import Connection, Device, SharedMemory, call, main
 from vbus.errors import InvalidError
 
@@ -26,11 +28,14 @@ class Echo(Device):
             raise InvalidError(f"echo has no ring {shm.id}")
         shm.ring()
 
-    def save(self, connection: Connection) -> None:
+    def save(self, connection: Connection) -> bytes:
         """All there is to know lies in the rings."""
+        return b""
 
-    def resume(self, connection: Connection, state: object) -> None:
-        for shm in connection.shm.values():
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> None:
+        for shm in shared:
             shm.ring()
 
     async def run(self, connection: Connection) -> None:

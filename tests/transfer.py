@@ -17,8 +17,11 @@ WITHIN_S = 120
 Call = Callable[..., Awaitable[str]]
 
 
-def send(host: str, port: int, size: int) -> str:
-    """Send so many bytes, and give their checksum. Runs anywhere, alone."""
+def send(host: str, port: int, size: int, pause_s: float = 0) -> str:
+    """Send so many bytes, and give their checksum. Runs anywhere, alone.
+
+    `pause_s`: after each MiB, for a connection that is to last.
+    """
     import os
     import socket
     import time
@@ -38,6 +41,7 @@ def send(host: str, port: int, size: int) -> str:
             part = number.to_bytes(8, "little") + block[8:]
             state = zlib.crc32(part, state)
             sock.sendall(part)
+            time.sleep(pause_s)
     return f"{size} {state:08x}"
 
 

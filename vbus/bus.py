@@ -176,6 +176,12 @@ class _Host:
         self.uses.add(name)
         return found
 
+    def keep(self, fd: int | None) -> None:
+        self._model.keep(self._name, fd)
+
+    def kept(self) -> int | None:
+        return self._model.kept.pop(self._name, None)
+
 
 def installed_classes() -> dict[str, EntryPoint]:
     """Find the device classes of all installed distributions; none is imported yet."""
@@ -197,6 +203,10 @@ class BusModel:
         self._class_names: dict[str, str] = {}
         self._given: dict[str, dict[str, object]] = {}
         self._watchers: list[Callable[[Change], object]] = []
+        self.keep: Callable[[str, int | None], object] = lambda name, fd: None
+        """What a device's `Host.keep` does."""
+        self.kept: dict[str, int] = {}
+        """What a device's `Host.kept` will take."""
 
     # Looking
 

@@ -8,6 +8,8 @@ operation gives a Waiting, which somebody awaits, instead of a result.
 
 import inspect
 import logging
+import mmap
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +21,7 @@ import outcome
 import trio
 from outcome import Error, Outcome, Value
 
-from shm import AddressSpace, Doorbell
+from shm import AddressSpace, Doorbell, create_memfd
 from vbus.abi import EventId
 from vbus.asking import Result, ask, later, refusal
 from vbus.bus import Interface
@@ -118,6 +120,7 @@ class BusClient:
         self._next_signal = 0
         self._shm_count = 0
         self._signal_count = 0
+        self._areas: dict[Connection, int] = {}
 
     def connection(self, handle: int) -> Connection:
         """Find an open connection of this very guest. Raises NotFoundError (R3)."""
@@ -129,15 +132,28 @@ class BusClient:
     # Open
 
     def open(
-        self, interface: Interface, version: int, tell: Callable[[Connection], None]
+        self,
+        interface: Interface,
+        version: int,
+        tell: Callable[[Connection], None],
+        prepare: Callable[[Connection], object] | None = None,
     ) -> Result:
-        """Open a device; `tell` writes the handle to the guest."""
+        """Open a device; `tell` writes the handle to the guest.
+
+        `prepare` is called with the connection before the device is, and gives it its
+        area; without it that is done here.
+        """
         device = interface.device
         if version != device.version:
             raise InvalidError(f"{device.name}: version {version} is not its ABI")
         if len(device.connections) >= device.max_connections:
             raise BusyError(f"{device.name} is open already")
         connection = Connection(device, self._guest, version, self._memory)
+        if prepare is not None:
+            prepare(connection)
+        elif device.area_size:
+            size = -(-device.area_size // mmap.PAGESIZE) * mmap.PAGESIZE
+            self._give_area(connection, create_memfd("vbus-area", size))
         device.connections.add(connection)
         self._opening.add(connection)
         started = time.perf_counter_ns()
@@ -159,6 +175,53 @@ class BusClient:
             finish,
             lambda: f"open of {device.name} by {self._guest}",
             ended=lambda answer: self._opened(connection, answer, started),
+        )
+
+    def go_on(
+        self,
+        interface: Interface,
+        version: int,
+        shared: Sequence[SharedMemory],
+        state: bytes,
+        prepare: Callable[[Connection], object],
+    ) -> Result:
+        """Go on with a connection that another process had, and its memories.
+
+        `prepare` is called with the connection before the device is.
+        """
+        device = interface.device
+        connection = Connection(device, self._guest, version, self._memory)
+        prepare(connection)
+        device.connections.add(connection)
+        self._opening.add(connection)
+        started = time.perf_counter_ns()
+        for shm in shared:
+            connection.sharing[shm.id] = shm
+            self._shm_count += 1
+            self._signal_count += shm.signal is not None
+
+        def ended(answer: Outcome[None]) -> None:
+            self._opened(connection, answer, started)
+            if connection.state is not State.OPEN:
+                self.release(connection)
+                return
+            for shm in shared:
+                event = Event(EventId.SHMSIGNAL, shm.cookie, priority=shm.prio)
+                path = Signal(shm, event, connection)
+                self._shared(connection, path, answer, started)
+
+        def finish(answer: Outcome[None]) -> int:
+            answer.unwrap()
+            if connection.state is not State.OPEN:
+                raise NotFoundError(f"{connection}: ended while it was resumed")
+            return 0
+
+        return ask(
+            device,
+            lambda: device.resume(connection, state, shared),
+            finish,
+            lambda: f"resuming {device.name} for {self._guest}",
+            ended=ended,
         )
 
     def _opened(
@@ -480,6 +543,16 @@ class BusClient:
                     self._events.close(signal.event, shm.cookie)
         connection.shm.clear()
         connection.sharing.clear()
+        if connection in self._areas:
+            assert connection.area is not None
+            connection.area.clear()
+            os.close(self._areas.pop(connection))
+
+    def _give_area(self, connection: Connection, fd: int) -> None:
+        """Map a memory file, which is owned from now on, as the connection's area."""
+        self._areas[connection] = fd
+        connection.area = AddressSpace()
+        connection.area.map(0, os.fstat(fd).st_size, fd)
 
     def _forget(self, connection: Connection) -> None:
         connection.state = State.CLOSED
@@ -508,17 +581,18 @@ class BusClient:
                 one.handle,
                 tuple(_saved(shm, kept) for shm in one.shm.values()),
                 states[one],
+                kept.keep(self._areas[one]) if one in self._areas else None,
             )
             for one in self.connections.values()
         )
 
-    def _state_of(self, connection: Connection) -> object:
+    def _state_of(self, connection: Connection) -> bytes:
         try:
             return connection.device.save(connection)
         except Exception:
             log.exception("%r cannot be saved", connection)
             self.end(connection, Ended.FAILED)
-            return None
+            return b""
 
     def resume(
         self,
@@ -551,10 +625,12 @@ class BusClient:
         device.connections.add(connection)
         self.connections[saved.handle] = connection
         self._effects.connection_opened(connection)
+        if saved.area is not None:
+            self._give_area(connection, held.take(saved.area))
         for shm in saved.shm:
             self._resume_shm(connection, shm, held)
         try:
-            device.resume(connection, saved.state)
+            _at_once(device.resume(connection, saved.state, [*connection.shm.values()]))
         except Exception as error:
             log.warning("%r cannot go on: %s", connection, error)
             self._counters.failures += 1
@@ -617,6 +693,12 @@ class BusClient:
         assert with_signal == {at: path.shm for at, path in self.signals.items()}
         assert all(0 <= at < self._next_signal for at in self.signals)
         assert self.alive or not (self.connections or self._closing or self.signals)
+
+
+def _at_once(resuming: Awaitable[None] | None) -> None:
+    """Insist that a device goes on without waiting, before its guest does."""
+    if resuming is not None:
+        raise InvalidError("it would have to wait")
 
 
 def _saved(shm: SharedMemory, kept: Kept) -> SavedShm:

@@ -163,11 +163,13 @@ class Connection:
         "__weakref__",
         "_arrivals",
         "_state",
+        "area",
         "device",
         "ended",
         "guest",
         "handle",
         "memory",
+        "save",
         "sharing",
         "shm",
         "version",
@@ -184,6 +186,11 @@ class Connection:
         self.ended: Ended | None = None
         self.shm: dict[int, SharedMemory] = {}
         self.sharing: dict[int, SharedMemory] = {}
+        self.area: AddressSpace | None = None
+        """Memory that outlives this process, `Device.area_size` bytes from 0 on: of a
+        transparent device in a backend."""
+        self.save: Callable[[], object] = lambda: None
+        """Have `Device.save` asked now."""
         self._state = State.OPENING
         self._arrivals: dict[int, trio.Event] = {}
 

@@ -20,7 +20,7 @@ Connection and SharedMemory, and its host only as `self.host`.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from vbus.attributes import Attribute, attribute, attributes_of
@@ -48,6 +48,18 @@ class Host(Protocol):
         """
         ...
 
+    def keep(self, fd: int | None) -> None:
+        """Have a copy of a descriptor outlive this process, if somebody can.
+
+        One for each device, the last; of a transparent device in a backend of the
+        daemon's. None: there is none any more.
+        """
+        ...
+
+    def kept(self) -> int | None:
+        """Take the descriptor that a process before this one kept for the device."""
+        ...
+
 
 def call(func: int) -> Callable[[Handler], Handler]:
     """Mark the method that answers DEVCALL number `func`.
@@ -72,6 +84,11 @@ class Device:
     """The ABI version a guest's driver must ask for."""
     max_connections: ClassVar[int] = 1
     """Open connections at a time, over all guests; the next is refused (-EBUSY)."""
+    transparent: ClassVar[bool] = False
+    """In a backend of the daemon's: after its process ended, the next one goes on with
+    the open connections by `resume`, and the guest notices nothing."""
+    area_size: ClassVar[int] = 0
+    """Bytes of `Connection.area` for a transparent device."""
 
     attributes: ClassVar[dict[str, Attribute[Any]]] = {}
     calls: ClassVar[dict[int, tuple[str, bool]]] = {}
@@ -168,6 +185,26 @@ class Device:
         """Accept memory the guest shares under `shm.id`, or raise a VbusError."""
         return None
 
+    def save(self, connection: Connection) -> bytes:
+        """Give what `resume` will need, in at most 32 KiB; of a transparent device.
+
+        Asked after `open` and after each call, before the guest has the answer: calls
+        of one connection come one after the other. For what changes at other times
+        the device calls `connection.save()`.
+        """
+        return b""
+
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> Awaitable[None] | None:
+        """Go on with a connection of a process that ended, in place of `open`.
+
+        `shared` is what the guest shares, in the order in which it did; `state` what
+        `save` gave last, and `connection.area` as it was left, both as hostile as all
+        that another process wrote. A VbusError ends the connection.
+        """
+        raise InvalidError(f"{self.name} cannot resume a connection")
+
     def call(
         self, connection: Connection, func: int, data: bytes, flags: int
     ) -> CallResult | Awaitable[CallResult]:
@@ -191,28 +228,8 @@ class Device:
         Returning is fine and leaves the connection open; an exception ends it.
         """
 
-    # Hooks for a daemon that replaces itself (SIGUSR2)
-
-    def save(self, connection: Connection) -> object:
-        """Give what `resume` needs to go on with a connection, as plain values.
-
-        Called while `run` waits; neither it nor anything else of this process goes on
-        after it. Whoever does not implement both hooks is unplugged before, and
-        plugged in anew after: the guest opens it again.
-        """
-        raise InvalidError(f"{self.name} cannot be saved")
-
-    def resume(self, connection: Connection, state: object) -> None:
-        """Go on with a connection that another process had open; instead of `open`.
-
-        `connection.shm` has all that was shared, in its order; `run` is started after.
-        `state` is what `save` gave, perhaps of an older version: check it, and raise
-        a VbusError to end the connection.
-        """
-        raise InvalidError(f"{self.name} cannot go on")
-
     @classmethod
-    def goes_on(cls) -> bool:
+    def resumable(cls) -> bool:
         """Can its connections outlive this process?"""
         return cls.overrides("save") and cls.overrides("resume")
 

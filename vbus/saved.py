@@ -54,13 +54,14 @@ class SavedShm(Struct, frozen=True):
 
 
 class SavedConnection(Struct, frozen=True):
-    """An open device; `state` is the device's own."""
+    """An open device; `state` is the device's own, and the memory file `area`."""
 
     device: str
     version: U32
     handle: U64
     shm: tuple[SavedShm, ...]
-    state: Any = None
+    state: bytes = b""
+    area: Fd | None = None
 
 
 class SavedQueue(Struct, frozen=True):

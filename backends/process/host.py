@@ -6,6 +6,7 @@ is answered in the order in which it came.
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class BackendHost:
         self._running: dict[int, trio.CancelScope] = {}
         self._serving: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery
+        model.keep = self._keep
         self._does: dict[
             type[wire.Request], Callable[[Any, list[int]], _Later | wire.Reply | None]
         ] = {
@@ -73,6 +75,7 @@ class BackendHost:
             wire.Unmap: self._unmap,
             wire.Forget: self._forget,
             wire.Open: self._open,
+            wire.Resume: self._resume,
             wire.Share: self._share,
             wire.Call: self._call,
             wire.Close: self._close,
@@ -183,14 +186,29 @@ class BackendHost:
 
     # Devices
 
-    def _create(self, said: wire.Create, _fds: list[int]) -> wire.Reply:
+    def _create(self, said: wire.Create, fds: list[int]) -> wire.Reply:
         cls = self._model.device_class(said.class_name)
         self._confinement.check(cls, said.attributes)
-        device = self._model.add_device(said.device, said.class_name, said.attributes)
+        if fds:
+            self._model.kept[said.device] = fds.pop()
+        try:
+            device = self._model.add_device(
+                said.device, said.class_name, said.attributes
+            )
+        finally:
+            left = self._model.kept.pop(said.device, None)
+            if left is not None:
+                os.close(left)
         if device.overrides("serve"):
             scope = self._serving[device.name] = trio.CancelScope()
             self._nursery.start_soon(self._serve, device, scope)
         return wire.Reply(0, values=_attributes(device))
+
+    def _keep(self, name: str, fd: int | None) -> None:
+        if fd is None:
+            self._say(wire.Keep(name, comes=False))
+        else:
+            self._socket.send(wire.encode(wire.Keep(name), 1), [fd])
 
     async def _serve(self, device: Device, scope: trio.CancelScope) -> None:
         """Run a device's own task; when it fails its connections end."""
@@ -253,13 +271,16 @@ class BackendHost:
     def _failed(self, connection: int, message: str) -> None:
         self._say(wire.Failed(connection, message[:_TEXT]))
 
-    def _open(self, said: wire.Open, _fds: list[int]) -> "_Later | wire.Reply":
+    def _open(self, said: wire.Open, fds: list[int]) -> "_Later | wire.Reply":
         device = self._model.device(said.device)
         guest = self._guests.get(said.guest)
         if guest is None:
             raise NotFoundError(f"no guest {said.guest}")
         self._owners[said.connection] = guest
-        return _answer(guest.open(said.connection, device, said.version))
+        return _answer(guest.open(said, device, fds[0] if fds else None))
+
+    def _resume(self, said: wire.Resume, _fds: list[int]) -> "_Later | wire.Reply":
+        return _answer(self._owner(said.connection).resume(said.connection))
 
     def _share(self, said: wire.Share, fds: list[int]) -> "_Later | wire.Reply":
         bells: list[Doorbell] = []
@@ -274,7 +295,7 @@ class BackendHost:
 
     def _call(self, said: wire.Call, _fds: list[int]) -> "_Later | wire.Reply":
         out: list[bytes] = []
-        return _answer(self._owner(said.connection).call(said, out.append), out)
+        return _answer(self._owner(said.connection).call(said, out), out)
 
     def _close(self, said: wire.Close, _fds: list[int]) -> "_Later | wire.Reply":
         return _answer(self._owner(said.connection).close(said.connection))
@@ -326,6 +347,8 @@ def class_info(name: str, cls: type[Device]) -> wire.ClassInfo:
         cls.type,
         cls.version,
         cls.max_connections,
+        cls.transparent,
+        cls.area_size,
         (cls.__doc__ or "").partition("\n")[0][:_TEXT],
         attributes,
     )

@@ -1,12 +1,14 @@
 """What all venet devices share: functions, attributes, one session at a time."""
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backends.venet.session import OFFERED, SPIN_US, Group, Session, Shm, parse_spin
 from vbus.device import Connection, Device, Host, SharedMemory, attribute, call
 from vbus.errors import InvalidError
 from vbus.net import Direction, FrameBatch, FrameWatchers, HostEnd, MacAddress
+from vbus.net._core import RECORD_SIZE
 
 _MAC = struct.Struct("6s")
 _COUNTERS = 12
@@ -66,6 +68,8 @@ class VenetBase(Device):
 
     type = "virtual-ethernet"
     version = 1
+    transparent = True
+    area_size = RECORD_SIZE
 
     client_mac = attribute(
         parse_mac,
@@ -133,17 +137,28 @@ class VenetBase(Device):
     # Connection
 
     def open(self, connection: Connection) -> None:
-        offered = OFFERED if self.offload else {Group.EVENTQ: OFFERED[Group.EVENTQ]}
-        end = HostEnd(self.mtu, self.txmitigation)
-        self._session = Session(connection, end, offered, self.spin_us)
+        self._new_session(connection).end.begin()
 
-    def save(self, connection: Connection) -> object:
+    def _new_session(self, connection: Connection) -> Session:
+        offered = OFFERED if self.offload else {Group.EVENTQ: OFFERED[Group.EVENTQ]}
+        area = connection.area
+        record = None if area is None else area.view(0, RECORD_SIZE)
+        end = HostEnd(self.mtu, self.txmitigation, record)
+        self._session = Session(connection, end, offered, self.spin_us)
+        return self._session
+
+    def save(self, connection: Connection) -> bytes:
         return self._session_of(connection).save()
 
-    def resume(self, connection: Connection, state: object) -> None:
-        self.open(connection)
-        session = self._session_of(connection)
-        session.resume(state)
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> None:
+        session = self._new_session(connection)
+        try:
+            session.resume(state, shared)
+        except BaseException:
+            self._session = None
+            raise
         if session.up.value:
             self.link_changed(True)
 

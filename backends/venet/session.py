@@ -6,9 +6,9 @@ All of ABI section 7 that is not moving bytes. The states of a session:
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum, IntFlag
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 import trio
@@ -16,7 +16,13 @@ import trio
 from backends.venet.flag import Flag
 from ioq import AdaptiveSpin, RingFault
 from vbus.device import Connection, SharedMemory
-from vbus.errors import ExistsError, InvalidError, NotFoundError, VbusError
+from vbus.errors import (
+    ExistsError,
+    InvalidError,
+    NotFoundError,
+    ProtocolError,
+    VbusError,
+)
 from vbus.net import FrameBatch, HostEnd
 from vbus.net._core import BELL_EVENTS, BELL_RX, BELL_TX
 
@@ -91,18 +97,12 @@ _QUERY = struct.Struct("<IIII16x")
 _RINGS = {Shm.RX, Shm.TX, Shm.EVENTS, Shm.PAGES}
 
 
-_Word = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-_Value = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class _Saved(msgspec.Struct, frozen=True):
-    """What a session knows that does not lie in the guest's memory."""
-
+class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accepted: dict[int, int]
-    """Capability bits by group."""
     up: bool
-    events: tuple[tuple[_Word, _Value], ...]
-    """Ids and values of events that wait for room in the event ring."""
+
+
+_SAVED: Final = msgspec.msgpack.Decoder(_Saved)
 
 
 class Session:
@@ -188,6 +188,34 @@ class Session:
         """FLUSHRX; 0 with the link down too (12.1)."""
         self.end.flush_rx()
 
+    # For another process
+
+    def save(self) -> bytes:
+        """Say what was agreed on; where the rings stand is in the record."""
+        agreed = {int(group): bits for group, bits in self._accepted.items()}
+        return msgspec.msgpack.encode(_Saved(agreed, self.up.value))
+
+    def resume(self, state: bytes, shared: Sequence[SharedMemory]) -> None:
+        """Go on where another process was. Raises VbusError, RingFault."""
+        try:
+            saved = _SAVED.decode(state)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"no state of a venet: {error}") from None
+        for group in Group:
+            bits = saved.accepted.get(group, 0)
+            self._accepted[group] = bits & self._offered.get(group, 0)
+        self._configure()
+        for shm in shared:
+            self.share(shm)
+        try:
+            self.end.resume()
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        if saved.up and Shm.RX in self._shared and Shm.TX in self._shared:
+            self.end.set_up(True)
+            self.up.set(True)
+        self._deferred.set(self.end.pending > 0)
+
     # Shared memory (7.1)
 
     def share(self, shm: SharedMemory) -> None:
@@ -226,37 +254,6 @@ class Session:
         if id is Shm.RX_POOL and shm.size > RING_LIMIT * SG_SIZE:
             raise InvalidError(f"{id.name}: {shm.size} bytes are too many")
         self.end.attach(id.name.lower(), shm.view)
-
-    # Another process goes on with it
-
-    def save(self) -> object:
-        """Give what `resume` needs, as plain values."""
-        return msgspec.to_builtins(
-            _Saved(
-                {int(group): bits for group, bits in self._accepted.items()},
-                self.up.value,
-                tuple(self.end.backlog()),
-            )
-        )
-
-    def resume(self, state: object) -> None:
-        """Be as another one was, on the same connection. Raises InvalidError."""
-        try:
-            saved = msgspec.convert(state, _Saved)
-        except msgspec.ValidationError as error:
-            raise InvalidError(f"{self.connection}: {error}") from None
-        for group, bits in saved.accepted.items():
-            if group in self._accepted:
-                self._accepted[Group(group)] = bits & self._offered.get(Group(group), 0)
-        self._configure()
-        for shm in self.connection.shm.values():
-            self.share(shm)
-        for id, value in saved.events:
-            self.end.queue_event(id, value)
-        self._deferred.set(self.end.pending > 0)
-        if saved.up:
-            self.end.set_up(True)
-            self.up.set(True)
 
     # Guest-bound frames
 

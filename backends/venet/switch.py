@@ -80,6 +80,8 @@ def _link_local(destination: bytes) -> bool:
 class Switch(Device):
     """Ethernet switch. Ports attach themselves; it needs no link to a bus."""
 
+    transparent = True  # addresses are learned anew
+
     mac_age_s = attribute(
         _positive, default=300, writable=True, doc="forget an address after so long"
     )

@@ -4,6 +4,7 @@ Both own a TAP in the network namespace of this process, made when the device is
 and gone with it.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,8 @@ class TapHolder(Protocol):
     """The attributes of a device that say how its TAP is."""
 
     @property
+    def host(self) -> Host: ...
+    @property
     def host_mac(self) -> str: ...
     @property
     def mtu(self) -> int: ...
@@ -56,10 +59,15 @@ class TapHolder(Protocol):
 
 def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
     """Make the TAP of a device. Raises NoDeviceError, PermissionDeniedError."""
+    kept = device.host.kept()
     try:
-        tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us))
+        tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us), fd=kept)
     except OSError as error:
+        if kept is not None:
+            os.close(kept)
         raise NoDeviceError(f"cannot make a TAP {ifname}: {error.strerror}") from None
+    if kept is not None:  # it is as it was, and may have been changed by others since
+        return tap
     try:
         tap.configure(
             mac=MacAddress.parse(device.host_mac),
@@ -73,6 +81,7 @@ def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
             message = f"cannot configure {tap.name}: {error.strerror}"
             raise NoDeviceError(message) from None
         raise
+    device.host.keep(tap.fileno())
     return tap
 
 
@@ -117,6 +126,8 @@ class _TapPort(Port):
 
 class SwitchTap(Device):
     """An uplink of a switch: a TAP through which the host is on the switch too."""
+
+    transparent = True  # the daemon keeps the TAP
 
     switch = attribute(str, doc="name of the switch")
     ifname = attribute(
@@ -218,6 +229,7 @@ class VenetTap(VenetBase):
         if self._tap is not None:
             self._tap.close()
             self._tap = None
+            self.host.keep(None)
 
     def attribute_changed(self, name: str) -> None:
         super().attribute_changed(name)

@@ -10,7 +10,8 @@ static PyObject *queue_error, *fault_error, *invalid_error, *busy_error;
 typedef struct {
     PyObject_HEAD
     struct vq queue;
-    PyObject *space; /* keeps the C struct that `queue` points to */
+    PyObject *space;  /* keeps the C struct that `queue` points to */
+    PyObject *record; /* the view of its in-flight record, or NULL */
 } Queue;
 
 typedef struct {
@@ -63,20 +64,45 @@ static PyObject *open_refused(int error, uint32_t size)
                         " misaligned, or in regions that do not meet on pages", size);
 }
 
-/* Queue(space, size, desc, driver, device, features, state) */
+/* Keep the record in `view`, or go on from it. */
+static bool record_in(Queue *self, PyObject *view_object, bool resume)
+{
+    struct vb_view *view = from_capsule(view_object, "shm.view");
+    uint64_t size = vq_record_bytes(self->queue.size);
+    uint8_t *memory = view && view->writable ? vb_view_ptr(view, 0, size) : NULL;
+    int error;
+
+    if (!view)
+        return false;
+    if (!memory || (uintptr_t)memory % 8) {
+        PyErr_Format(invalid_error, "no record of %llu bytes can lie there",
+                     (unsigned long long)size);
+        return false;
+    }
+    self->record = Py_NewRef(view_object);
+    self->queue.kept = view;
+    error = vq_record_begin(&self->queue, memory, resume);
+    if (error == -ENOMEM)
+        PyErr_NoMemory();
+    else if (error)
+        PyErr_SetString(invalid_error, "the in-flight record is not one of this ring");
+    return error == 0;
+}
+
+/* Queue(space, size, desc, driver, device, features, state, record, resume) */
 static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *space_object, *state_object;
+    PyObject *space_object, *state_object, *record_object;
     unsigned long long desc, driver, device, features;
     struct vq_state state;
     struct vb_space *space;
     unsigned int size;
     Queue *self;
-    int error;
+    int error, resume;
 
     if (!no_keywords(kwargs) ||
-        !PyArg_ParseTuple(args, "OIKKKKO", &space_object, &size, &desc, &driver, &device,
-                          &features, &state_object))
+        !PyArg_ParseTuple(args, "OIKKKKOOp", &space_object, &size, &desc, &driver, &device,
+                          &features, &state_object, &record_object, &resume))
         return NULL;
     space = from_capsule(space_object, "shm.space");
     if (!space || (state_object != Py_None && !state_of(state_object, &state)))
@@ -95,6 +121,10 @@ static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return open_refused(error, size);
     }
     self->space = Py_NewRef(space_object);
+    if (record_object != Py_None && !record_in(self, record_object, resume)) {
+        Py_DECREF(self);
+        return NULL;
+    }
     return (PyObject *)self;
 }
 
@@ -102,6 +132,7 @@ static int queue_traverse(PyObject *object, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(((Queue *)object)->space);
+    Py_VISIT(((Queue *)object)->record);
     return 0;
 }
 
@@ -113,6 +144,7 @@ static void queue_dealloc(PyObject *object)
     PyObject_GC_UnTrack(object);
     vq_close(&self->queue);
     Py_CLEAR(self->space);
+    Py_CLEAR(self->record);
     free_object(object);
 }
 

@@ -6,7 +6,7 @@ from typing import Self, TypeAlias, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
-from shm import AddressSpace
+from shm import AddressSpace, View
 
 _State: TypeAlias = tuple[int, int, bool, bool]
 _Lengths: TypeAlias = array[int] | memoryview
@@ -55,6 +55,8 @@ class Queue:
         device: int,
         features: int,
         state: _State | None,
+        record: View | None,
+        resume: bool,
         /,
     ) -> Self: ...
     @property

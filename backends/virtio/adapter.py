@@ -5,14 +5,17 @@ in memory it shares: DEVSHM of id *i* brings the memory of queue *i* and its sig
 signal the device is to kick the queue, and the device signals for used buffers.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
 import trio
 
 from backends.virtio.constants import Ring, Status
 from backends.virtio.device import VirtioDevice
 from backends.virtio.pci import function
+from backends.virtio.saved import AREA, Records, Saved
 from shm import AddressSpace
 from vbus.device import Connection, Device, SharedMemory, call
 from vbus.errors import (
@@ -20,6 +23,7 @@ from vbus.errors import (
     ExistsError,
     FaultError,
     InvalidError,
+    ProtocolError,
 )
 from vbus.pci.function import PciFunction
 from vbus.virtio import adapter as abi
@@ -38,12 +42,24 @@ class AdapterStatistics:
     crossed: int
 
 
+class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A connection and its model, for another process."""
+
+    accepted: tuple[int, ...]
+    model: Saved
+
+
+_STATE = msgspec.msgpack.Decoder(_Saved)
+
+
 class Session:
     """One guest's connection: the transport that the model is on."""
 
     def __init__(self, connection: Connection, model: VirtioDevice) -> None:
         self.space: AddressSpace = connection.memory
+        self.records = None if connection.area is None else Records(connection.area)
         self.kicks = 0
+        self._connection = connection
         self._model = model
         self._shared: dict[int, SharedMemory] = {}
         self._accepted = [0] * abi.FEATURE_WORDS
@@ -52,6 +68,9 @@ class Session:
         )
 
     # What the model asks for
+
+    def save(self) -> None:
+        self._connection.save()
 
     def queue_interrupt(self, index: int) -> None:
         self._signal(index)
@@ -65,6 +84,19 @@ class Session:
             return
         with suppress(FaultError):  # who takes the memory away does not listen
             shm.signal.inject()
+
+    # For another process
+
+    def saved(self) -> _Saved:
+        """Say how it stands, but for what is in flight."""
+        return _Saved(tuple(self._accepted), self._model.saved())
+
+    def restore(self, saved: _Saved) -> None:
+        """Go on like that. Raises VbusError."""
+        if len(saved.accepted) != abi.FEATURE_WORDS:
+            raise InvalidError("the state has other words of features")
+        self._accepted = list(saved.accepted)
+        self._model.restore(saved.model)
 
     # Shared memory
 
@@ -174,6 +206,8 @@ class VirtioOnBus(Device):
 
     type = abi.TYPE
     version = abi.VERSION
+    transparent = True
+    area_size = AREA
 
     model: VirtioDevice
     _session: Session | None = None
@@ -217,6 +251,25 @@ class VirtioOnBus(Device):
 
     def share(self, connection: Connection, shm: SharedMemory) -> None:
         self._now.share(shm)
+
+    def save(self, connection: Connection) -> bytes:
+        return msgspec.msgpack.encode(self._now.saved())
+
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> None:
+        try:
+            saved = _STATE.decode(state)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"{self.name}: no state of it: {error}") from None
+        self.open(connection)
+        try:
+            for shm in shared:
+                self.share(connection, shm)
+            self._now.restore(saved)
+        except BaseException:
+            self.close(connection)
+            raise
 
     async def run(self, connection: Connection) -> None:
         if self._session is not None:

@@ -197,6 +197,9 @@ class VirtioBlk(VirtioDevice):
             self.config.write(FIELDS_BY_NAME["writeback"].offset, b"\0", driver_ok=True)
             self.config.commit()
 
+    def restore_extra(self, extra: bytes) -> None:
+        self.resized()  # it may have grown meanwhile
+
     def was_reset(self) -> None:
         # The field is the driver's; a reset makes it what it was at first.
         self.config.set("writeback", 1)

@@ -301,6 +301,8 @@ class VirtioNetDevice(VirtioOnBus):
 class VirtioConsoleDevice(VirtioOnBus):
     """A console, or several ports: each goes to a pty, a Unix socket or a log file."""
 
+    transparent = False  # who is at the other end of a port sees that its process ended
+
     to = attribute(
         _parse_places,
         default=_ONE_PTY,

@@ -135,6 +135,13 @@ class ConfigSpace:
         scratch, self._scratch = self._scratch, {}
         return self._apply(scratch)
 
+    def restore(self, data: bytes, generation: int) -> None:
+        """Be as another process was. Raises InvalidError."""
+        if len(data) != self.size:
+            raise InvalidError(f"a configuration of {self.size} bytes, not {len(data)}")
+        self._bytes[:] = data
+        self.generation = generation
+
     def forget_writes(self) -> None:
         """Drop what was not committed (reset)."""
         self._scratch.clear()

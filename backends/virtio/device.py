@@ -28,6 +28,7 @@ from backends.virtio.constants import (
     LEGACY_MASK,
     RING_FEATURES,
     DeviceId,
+    Ring,
     Status,
 )
 from backends.virtio.device_queue import (
@@ -38,6 +39,7 @@ from backends.virtio.device_queue import (
 )
 from backends.virtio.features import Dependencies, closed, refusal
 from backends.virtio.queue import Chain, RingAddresses, VirtQueue
+from backends.virtio.saved import Records, Saved
 from shm import AddressSpace
 from vbus.errors import InvalidError, NotFoundError, VbusError
 
@@ -50,6 +52,15 @@ class VirtioTransport(Protocol):
     @property
     def space(self) -> AddressSpace:
         """The driver's memory, by the addresses it gives."""
+        ...
+
+    @property
+    def records(self) -> Records | None:
+        """Where queues keep what is in flight, if that is to outlive this process."""
+        ...
+
+    def save(self) -> None:
+        """The device changed other than by what the transport asked: save it."""
         ...
 
     def queue_interrupt(self, index: int) -> None:
@@ -213,6 +224,36 @@ class VirtioDevice:
         self._resets += 1
         self.was_reset()
 
+    def saved(self) -> Saved:
+        """Say how the device stands, but for what is in flight."""
+        return Saved(
+            status=int(self.status),
+            accepted=self.accepted,
+            features=self.features,
+            broken=self.broken,
+            generation=self.config.generation,
+            config=self.config.read(0, self.config.size),
+            queues=tuple(queue.saved() for queue in self.queues),
+            extra=self.extra(),
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Go on as another process stood, on a transport just attached.
+
+        Raises VbusError for what this device could not have been.
+        """
+        if len(saved.queues) != len(self.queues) or saved.features & ~self.offered:
+            raise InvalidError("the state is one of another device")
+        self.status = Status(saved.status)
+        self.accepted, self.features = saved.accepted, saved.features
+        self.config.restore(saved.config, saved.generation)
+        for queue, each in zip(self.queues, saved.queues, strict=True):
+            queue.restore(each, packed=self.has(Ring.PACKED))
+        self.restore_extra(saved.extra)
+        self.broken = saved.broken
+        if Status.DRIVER_OK in self.status and self.broken is None:
+            self._start(resume=True)
+
     # For models
 
     def has(self, bit: int) -> bool:
@@ -252,10 +293,23 @@ class VirtioDevice:
         self._breaks += 1
         self._stop()
         self.status |= Status.NEEDS_RESET
+        self.save()
         if Status.DRIVER_OK in self.status:
             self._config_interrupt()
 
+    def save(self) -> None:
+        """What `saved` gives changed, and no call of the driver's is the reason."""
+        if self._transport is not None:
+            self._transport.save()
+
     # Hooks
+
+    def extra(self) -> bytes:
+        """Give what a model adds to `saved`."""
+        return b""
+
+    def restore_extra(self, extra: bytes) -> None:
+        """Take it back. Raises VbusError."""
 
     def config_written(self, name: str) -> None:
         """React to a driver's write to a field."""
@@ -322,7 +376,7 @@ class VirtioDevice:
             self.features = self.accepted
         return self._refusal is None
 
-    def _start(self) -> None:
+    def _start(self, *, resume: bool = False) -> None:
         if self.legacy:
             accepted = self.accepted & self.offered & LEGACY_MASK
             self.features = closed(accepted, self.dependencies)
@@ -330,16 +384,21 @@ class VirtioDevice:
         self._live.set(True)
         for queue in self.queues:
             if queue.enabled and self._live.value:
-                self._start_queue(queue)
+                self._start_queue(queue, resume=resume)
         if self._live.value:
             self.started()
 
-    def _start_queue(self, queue: DeviceQueue) -> None:
+    def _start_queue(self, queue: DeviceQueue, *, resume: bool = False) -> None:
         assert self._transport is not None
-        setup = queue.setup
+        setup, records = queue.setup, self._transport.records
         try:
             core = VirtQueue(
-                self._transport.space, setup.size, setup.addresses, self.features
+                self._transport.space,
+                setup.size,
+                setup.addresses,
+                self.features,
+                record=None if records is None else records.of(queue),
+                resume=resume,
             )
         except VbusError as error:
             self.fail(f"queue {queue.index}: {error}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
 import trio
 
 from backends.venet.flag import Flag
@@ -36,6 +37,16 @@ class QueueSetup:
     def addresses(self) -> RingAddresses:
         """Where the ring lies."""
         return RingAddresses(self.desc, self.driver, self.device)
+
+
+class SavedQueue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A queue's set-up, for another process."""
+
+    enabled: bool
+    size: int
+    desc: int
+    driver: int
+    device: int
 
 
 class LiveRing:
@@ -142,6 +153,24 @@ class DeviceQueue:
         parts = {"desc": desc, "driver": driver, "device": device}
         given = {name: value for name, value in parts.items() if value is not None}
         self.setup = replace(self.setup, **given)
+
+    def saved(self) -> SavedQueue:
+        """Say how it is set up."""
+        setup = self.setup
+        return SavedQueue(
+            self.enabled, setup.size, setup.desc, setup.driver, setup.device
+        )
+
+    def restore(self, saved: SavedQueue, *, packed: bool) -> None:
+        """Be set up like that. Raises InvalidError."""
+        self.set_up(
+            size=saved.size,
+            desc=saved.desc,
+            driver=saved.driver,
+            device=saved.device,
+            packed=packed,
+        )
+        self.enabled = saved.enabled
 
     def close(self) -> None:
         """Stop serving it and let go of the ring; the set-up stays."""

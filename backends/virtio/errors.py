@@ -18,6 +18,7 @@ _REASONS = {
     "indirect-address": "an indirect table is not memory of the guest",
     "indirect-nested": "an indirect table inside an indirect table",
     "ring-unmapped": "the guest unmapped the ring's memory",
+    "record-unmapped": "the connection that kept the in-flight record has ended",
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import msgspec
 import trio
 
 from backends.virtio import netheader
@@ -27,7 +28,7 @@ from backends.virtio.device import (
 from backends.virtio.netcontrol import answer
 from backends.virtio.netfilter import ReceiveFilter
 from backends.virtio.uso import Frame
-from vbus.errors import InvalidError, VbusError
+from vbus.errors import InvalidError, ProtocolError, VbusError
 from vbus.net import BATCH, FrameBatch, MacAddress
 from vbus.virtio.net import HEADER, LINK_UP, Feature
 
@@ -86,6 +87,19 @@ class _Receiver:
     def clear(self) -> None:
         self.buffers.clear()
         self.filled.clear()
+
+
+class _Extra(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the driver set by the control queue; modes are those that are on."""
+
+    mac: bytes
+    modes: tuple[str, ...]
+    stations: tuple[bytes, ...]
+    groups: tuple[bytes, ...]
+    active_pairs: int
+
+
+_EXTRA: Final = msgspec.msgpack.Decoder(_Extra)
 
 
 class VirtioNet(VirtioDevice):
@@ -170,6 +184,37 @@ class VirtioNet(VirtioDevice):
             if not by_field:
                 self.config.set("mac", self.filter.mac)
 
+    def extra(self) -> bytes:
+        filter = self.filter
+        return msgspec.msgpack.encode(
+            _Extra(
+                bytes(filter.mac),
+                tuple(name for name, on in filter.modes.items() if on),
+                tuple(filter.stations),
+                tuple(filter.groups),
+                self.active_pairs,
+            )
+        )
+
+    def restore_extra(self, extra: bytes) -> None:
+        try:
+            saved = _EXTRA.decode(extra)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"no state of a network card: {error}") from None
+        if not 1 <= saved.active_pairs <= self.max_pairs:
+            raise InvalidError(
+                f"{saved.active_pairs} queue pairs are none to go on with"
+            )
+        if saved.mac != self.filter.mac:
+            self.set_mac(MacAddress(saved.mac))
+        filter = self.filter
+        filter.modes = {name: name in saved.modes for name in filter.modes}
+        filter.stations, filter.groups = (
+            frozenset(saved.stations),
+            frozenset(saved.groups),
+        )
+        self.active_pairs = saved.active_pairs
+
     def was_reset(self) -> None:
         self.filter.reset()
         self.active_pairs = 1
@@ -216,6 +261,7 @@ class VirtioNet(VirtioDevice):
             done = [(chain, 0) for chain in chains]
         else:
             done = [(chain, self._command(chain)) for chain in chains]
+            self.save()
         self.complete_batch(queue.index, ring, done)
         await trio.lowlevel.checkpoint()
 

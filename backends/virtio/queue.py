@@ -9,11 +9,16 @@ from typing import NamedTuple, Self
 
 from backends.virtio import _core
 from backends.virtio._core import Chain
-from shm import AddressSpace
+from shm import AddressSpace, View
 from vbus.errors import InvalidError
 
 _DESCRIPTOR = 16
 _PAGE = 4096
+
+
+def record_size(size: int) -> int:
+    """Bytes of the in-flight record of a ring of `size` entries."""
+    return 64 + 32 * size
 
 
 class RingAddresses(NamedTuple):
@@ -107,19 +112,26 @@ class VirtQueue(_core.Queue):
         addresses: RingAddresses,
         features: int,
         state: QueueState | None = None,
+        record: View | None = None,
+        *,
+        resume: bool = False,
     ) -> Self:
         """Attach to a ring, of the kind that the feature word says.
 
-        `state`: go on where `save` was called. Raises InvalidError (a size or alignment
-        that the ring cannot have, a state that is not this ring's), FaultError (not
-        memory of the guest).
+        `state`: go on where `save` was called. `record`: `record_size` bytes that
+        outlive this process, for what is in flight; with `resume` it is there already,
+        and what the process before took and did not give back comes first. Raises
+        InvalidError (a size or alignment that the ring cannot have, a state or record
+        that is not this ring's), FaultError (not memory of the guest).
         """
         if not 0 < size <= 0xFFFF:
             raise InvalidError(f"a ring cannot have {size} entries")
         if any(not 0 <= each < 1 << 64 for each in addresses):
             raise InvalidError("an address of the ring is outside 64 bits")
         saved = None if state is None else astuple(state)
-        return super().__new__(cls, space, size, *addresses, features, saved)
+        return super().__new__(
+            cls, space, size, *addresses, features, saved, record, resume
+        )
 
     def save(self) -> QueueState:
         """Say where the queue stands. Raises BusyError while chains are out."""
@@ -136,4 +148,5 @@ __all__ = [
     "QueueStatistics",
     "RingAddresses",
     "VirtQueue",
+    "record_size",
 ]

@@ -4,6 +4,7 @@ goes on in another one's place."""
 import os
 import random
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,13 +47,15 @@ class Sink(Device):
         self.words[connection.handle] = data
         return before
 
-    def save(self, connection: Connection) -> object:
-        return {"word": self.words.get(connection.handle, b"")}
+    def save(self, connection: Connection) -> bytes:
+        return b"word " + self.words.get(connection.handle, b"")
 
-    def resume(self, connection: Connection, state: object) -> None:
-        if not isinstance(state, dict) or not isinstance(state.get("word"), bytes):
+    def resume(
+        self, connection: Connection, state: bytes, shared: Sequence[SharedMemory]
+    ) -> None:
+        if not state.startswith(b"word "):
             raise InvalidError("no word")
-        self.words[connection.handle] = state["word"]
+        self.words[connection.handle] = state.removeprefix(b"word ")
 
 
 # The format

@@ -3,10 +3,12 @@
     down --Hello--> up --process ends--> down --supervised, too often--> failed
 
 Its devices are made when it comes up and leave the bus when its process has ended; what
-was changed meanwhile is kept and given to the next process.
+was changed meanwhile is kept and given to the next process. Transparent devices stay,
+with all that guests have open, until the next process goes on with them or it failed.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -16,7 +18,7 @@ import msgspec
 import trio
 
 from vbus.backend import wire
-from vbus.backend.device import RemoteDevice, remote_class
+from vbus.backend.device import RemoteDevice, TransparentDevice, remote_class
 from vbus.backend.link import BackendLink
 from vbus.bus import BusModel
 from vbus.config import BackendConfig, DeviceConfig
@@ -57,6 +59,7 @@ class Backend:
         self.up = trio.Event()
         """Replaced when it goes down."""
         self._brought: set[str] = set()
+        self._kept: dict[str, int] = {}
         self._model = model
         self._tell = tell
 
@@ -77,7 +80,10 @@ class Backend:
         """
         if self.link is not None:
             raise BusyError(f"backend {self.name} has a process already")
-        classes = {info.name: remote_class(link, info) for info in hello.classes}
+        stays = self.config.start
+        classes = {
+            info.name: remote_class(link, info, stays=stays) for info in hello.classes
+        }
         missing = set(self.config.classes) - set(classes)
         if missing:
             raise NotFoundError(f"backend {self.name} lacks class {min(missing)!r}")
@@ -85,7 +91,7 @@ class Backend:
         self.link = link
         self.starts += 1
         self._take_along(hello.devices)
-        link.welcome(self._welcome())
+        link.welcome(self._welcome(), self._keep)
         for device in tuple(self.wanted.values()):
             await self._make_or_say(device)
         self.state = State.UP
@@ -110,18 +116,79 @@ class Backend:
 
     async def _make_or_say(self, wanted: DeviceConfig) -> None:
         try:
-            await self._make(wanted)
+            if not await self._go_on(wanted):
+                await self._make(wanted)
         except VbusError as error:
             log.warning("backend %s: device %s: %s", self.name, wanted.name, error)
             self._say_failed(wanted.name, str(error))
 
+    async def _go_on(self, wanted: DeviceConfig) -> bool:
+        """Give a device that stayed to the process that came up; False: there is none.
+
+        Raises what the process refuses with; the device is gone then.
+        """
+        device, cls = self._model.devices.get(wanted.name), self._cls(wanted)
+        if not isinstance(device, TransparentDevice):
+            return False
+        if not (issubclass(cls, TransparentDevice) and _alike(cls, type(device))):
+            self._drop(device)
+            return False
+        link, before = self._up(), device.link
+        try:
+            values = await self._create(link, wanted)
+        except VbusError:
+            if not link.ending:
+                self._drop(device)
+            raise
+        device.move(cls)
+        for name in cls.attributes.keys() & values.keys():
+            device.__dict__[name] = values[name]
+        await link.adopt(before, device)
+        if not link.ending:
+            device.goes_on()
+        return True
+
+    async def _create(self, link: BackendLink, wanted: DeviceConfig) -> dict[str, Any]:
+        kept = self._kept.get(wanted.name)
+        fds = [] if kept is None else [kept]
+        return await link.create(
+            wanted.name, wanted.class_name, dict(wanted.attributes), fds
+        )
+
+    def _keep(self, name: str, fd: int | None) -> None:
+        """Keep a descriptor for a device's next process, if it has one."""
+        self.let_go(name)
+        if fd is None:
+            return
+        wanted = self.wanted.get(name)
+        cls = None if wanted is None else self.classes.get(wanted.class_name)
+        if cls is not None and issubclass(cls, TransparentDevice):
+            self._kept[name] = fd
+        else:
+            os.close(fd)
+
+    def let_go(self, name: str | None = None) -> None:
+        """Close what is kept for a device, or for all."""
+        for each in [*self._kept] if name is None else [name]:
+            fd = self._kept.pop(each, None)
+            if fd is not None:
+                os.close(fd)
+
+    def _drop(self, device: TransparentDevice) -> None:
+        """Have a device leave that nobody will go on with."""
+        self.let_go(device.name)
+        self._remember_buses(device)
+        device.give_up()
+        self._model.remove_device(device.name)
+
     def went_down(self, link: BackendLink, reason: str) -> None:
-        """Its process has ended: its devices leave the bus."""
+        """Its process has ended: its devices leave, but for transparent ones."""
         if self.link is not link:
             return
         for device in reversed(self.devices()):
             self._remember_buses(device)
-            self._model.remove_device(device.name)
+            if not isinstance(device, TransparentDevice):
+                self._model.remove_device(device.name)
         for name in self._brought:
             self.wanted.pop(name, None)
         self._brought.clear()
@@ -131,6 +198,14 @@ class Backend:
         self.last_end = reason
         self.up = trio.Event()
         self._tell({"event": "backend-down", "backend": self.name, "message": reason})
+
+    def give_up(self) -> None:
+        """It ended too often: there will be no other process unless somebody asks."""
+        for device in reversed(self.devices()):
+            if isinstance(device, TransparentDevice):
+                self._drop(device)
+        self.state = State.FAILED
+        self._tell({"event": "backend-failed", "backend": self.name})
 
     def device_failed(self, name: str, message: str) -> None:
         """A device's own task failed there: it leaves its buses."""
@@ -191,6 +266,7 @@ class Backend:
         if self.link is not None and name in self._model.devices:
             await self.link.remove(name)
         self.wanted.pop(name, None)
+        self.let_go(name)
         if name in self._model.devices:
             self._model.remove_device(name)
 
@@ -236,22 +312,23 @@ class Backend:
             device._counters = counters.get(device.name, {})
 
     async def _make(self, wanted: DeviceConfig) -> Device:
-        link = self._up()
-        cls = self.classes.get(wanted.class_name)
-        if cls is None:
-            raise NotFoundError(
-                f"backend {self.name} has no class {wanted.class_name!r}"
-            )
+        link, cls = self._up(), self._cls(wanted)
         for bus in wanted.buses:
             self._model.bus(bus)
-        values = await link.create(
-            wanted.name, wanted.class_name, dict(wanted.attributes)
-        )
+        values = await self._create(link, wanted)
         try:
             return self._adopt(wanted, cls, values)
         except BaseException:
             link.request(lambda id: wire.Remove(id, wanted.name), lambda _: None)
             raise
+
+    def _cls(self, wanted: DeviceConfig) -> type[RemoteDevice]:
+        try:
+            return self.classes[wanted.class_name]
+        except KeyError:
+            raise NotFoundError(
+                f"backend {self.name} has no class {wanted.class_name!r}"
+            ) from None
 
     def _adopt(
         self, wanted: DeviceConfig, cls: type[RemoteDevice], values: dict[str, Any]
@@ -274,3 +351,12 @@ class Backend:
         if self.link is None:
             raise NoDeviceError(f"backend {self.name} is not up: {self.last_end}")
         return self.link
+
+
+def _alike(cls: type[RemoteDevice], other: type[RemoteDevice]) -> bool:
+    """Can a device of one class go on as one of the other?"""
+    return (cls.type, cls.version, cls.record_area) == (
+        other.type,
+        other.version,
+        other.record_area,
+    )

@@ -29,7 +29,7 @@ class Answered:
     reply: wire.Reply
 
 
-Event = wire.Hello | Answered | wire.Failed | wire.DeviceFailed
+Event = wire.Hello | Answered | wire.Failed | wire.DeviceFailed | wire.Keep
 
 
 class BackendCore:
@@ -38,6 +38,7 @@ class BackendCore:
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._frames = wire.Frames()
+        self._fds = 0
         self._up = False
         self._last_id = 0
         self._asked: dict[int, tuple[wire.Request, float | None]] = {}
@@ -78,14 +79,20 @@ class BackendCore:
         return None
 
     def feed(self, data: bytes, fds: int = 0) -> list[Event]:
-        """Take what came. Raises ProtocolError; nothing more may be fed then."""
-        if fds:
-            raise ProtocolError(f"{fds} descriptors from a backend")
+        """Take what came. Raises ProtocolError; nothing more may be fed then.
+
+        Each `Keep` takes one of the descriptors, in their order.
+        """
+        self._fds += fds
         events = []
         for frame in self._frames.feed(data):
-            if frame.fds:
+            event = self._take(wire.decode(frame.body, _READER))
+            if frame.fds != (isinstance(event, wire.Keep) and event.comes):
                 raise ProtocolError(f"a message that names {frame.fds} descriptors")
-            events.append(self._take(wire.decode(frame.body, _READER)))
+            self._fds -= frame.fds
+            events.append(event)
+        if not 0 <= self._fds <= self._frames.begun:
+            raise ProtocolError("descriptors and messages do not match")
         return events
 
     def _take(self, message: Any) -> Event:
@@ -99,7 +106,7 @@ class BackendCore:
             if message.connection not in self._connections:
                 raise ProtocolError(f"no connection {message.connection}")
             return message
-        assert isinstance(message, wire.DeviceFailed)
+        assert isinstance(message, wire.DeviceFailed | wire.Keep)
         if message.device not in self._devices:
             raise ProtocolError(f"no device {message.device!r}")
         return message

@@ -9,20 +9,22 @@ killed. A guest's call that waits then fails with ETIMEDOUT if it hung, else wit
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from shm import Doorbell
-from vbus.backend import wire
+from vbus.backend import record, wire
 from vbus.backend.core import Answered, BackendCore
-from vbus.backend.device import refusal
+from vbus.backend.device import RemoteDevice, refusal
 from vbus.backend.mirror import Mirror
 from vbus.backend.process import Process
 from vbus.connection import Connection, SharedMemory
-from vbus.device import CallResult
+from vbus.device import CallResult, Device
 from vbus.errors import (
     CallTimeoutError,
     InvalidError,
@@ -43,6 +45,7 @@ _BEATS = 4
 """Pings in the time of a deadline."""
 
 Done = Callable[[wire.Reply | None], object]
+Keep = Callable[[str, int | None], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +71,35 @@ class _Hung(Exception):
 
 
 class _Remote:
-    """One connection of a guest to a device there."""
+    """One connection of a guest to a device there.
 
-    def __init__(self, number: int, mirror: "Mirror") -> None:
+    Of a transparent device it goes from one process to the next, with its record.
+    """
+
+    def __init__(self, number: int, mirror: "Mirror", cls: type[RemoteDevice]) -> None:
         self.number = number
         self.mirror = mirror
-        self.bells: list[Doorbell] = []
+        self.bells: dict[int, Doorbell] = {}
         self.failed = trio.Event()
         self.reason = ""
+        self.area = cls.record_area if cls.transparent else None
+        self.record = -1 if self.area is None else record.create(self.area)
+        self.turn = trio.Lock()
+        """Calls of a transparent device come one after the other."""
+        self.calls = 0
+
+    @property
+    def transparent(self) -> bool:
+        return self.area is not None
+
+    def close(self) -> None:
+        """Let go of what is the daemon's; safe to repeat."""
+        for bell in self.bells.values():
+            bell.close()
+        self.bells.clear()
+        if self.record >= 0:
+            os.close(self.record)
+            self.record = -1
 
 
 class BackendLink:
@@ -109,6 +133,8 @@ class BackendLink:
         self._last_number = 0
         self._requests = self._bells = 0
         self._device_failed: Callable[[str, str], object] = lambda *_: None
+        self._keep: Keep
+        self._fds: list[int] = []
         self._nursery: trio.Nursery
 
     async def serve(
@@ -143,13 +169,16 @@ class BackendLink:
     async def _end(self, orderly: bool) -> None:
         self.ending = True
         self._socket.close()
+        close_all(self._fds)
         await self._fail_calls()
         if not await self.process.end(orderly=orderly):
             log.error("%s: process %d cannot be killed", self.name, self.process.pid)
         self.process.close()
         self.ended = True
+        left = set(self._remotes.values())
         for remote in self._numbers.values():
-            _close_bells(remote)
+            if not (remote.transparent and remote in left):
+                remote.close()
         for mirror in self._mirrors.values():
             mirror.detach()
         waiting, self._waiting = self._waiting, {}
@@ -188,7 +217,7 @@ class BackendLink:
             if received is None:
                 continue
             data, fds = received
-            close_all(fds)
+            self._fds += fds
             if not data:
                 raise _Gone("it hung up")
             for event in self._core.feed(data, len(fds)):
@@ -199,6 +228,8 @@ class BackendLink:
                     self._answered(event)
                 elif isinstance(event, wire.Failed):
                     self._failed(event)
+                elif isinstance(event, wire.Keep):
+                    self._keep(event.device, self._fds.pop(0) if event.comes else None)
                 else:
                     self._device_failed(event.device, event.message)
 
@@ -211,9 +242,13 @@ class BackendLink:
             self._socket.send(wire.encode(wire.Refused(str(error))))
             raise ProtocolError(str(error)) from error
 
-    def welcome(self, welcome: wire.Welcome) -> None:
-        """Tell it that it may stay, and what it is called here."""
+    def welcome(self, welcome: wire.Welcome, keep: Keep) -> None:
+        """Tell it that it may stay, and what it is called here.
+
+        `keep` gets each descriptor that a device shall have in the next process.
+        """
         self.name = welcome.name
+        self._keep = keep
         self._socket.send(wire.encode(welcome))
 
     def _answered(self, event: Answered) -> None:
@@ -293,17 +328,8 @@ class BackendLink:
         if self.ending:
             raise self.gone_error()
         remote = self._new_remote(connection)
-        number = remote.number
         try:
-            reply = await self.ask(
-                lambda id: wire.Open(
-                    id,
-                    number,
-                    remote.mirror.number,
-                    connection.device.name,
-                    connection.version,
-                )
-            )
+            reply = await self.ask(*self._opening(connection, remote))
         except BaseException:
             self.end(connection)
             raise
@@ -311,7 +337,30 @@ class BackendLink:
             self.end(connection)
             raise _refused(reply, connection)
 
+    def _opening(
+        self, connection: Connection, remote: _Remote, *, resumes: bool = False
+    ) -> tuple[Callable[[int], wire.Open], list[int]]:
+        """Give what opens it there, and the descriptors."""
+        number, guest = remote.number, remote.mirror.number
+        fds = [remote.record] if remote.transparent else []
+        name, version = connection.device.name, connection.version
+        return (
+            lambda id: wire.Open(id, number, guest, name, version, remote.area, resumes)
+        ), fds
+
     def _new_remote(self, connection: Connection) -> _Remote:
+        mirror, device = self._mirror(connection), connection.device
+        assert isinstance(device, RemoteDevice)
+        try:
+            remote = _Remote(self._next_number(), mirror, type(device))
+        except OSError as error:
+            self._leave(mirror)
+            raise NoSpaceError(f"no record: {error.strerror}") from None
+        self._remotes[connection] = self._numbers[remote.number] = remote
+        return remote
+
+    def _mirror(self, connection: Connection) -> Mirror:
+        """Give a guest's memory here, made with its first connection."""
         memory = connection.memory
         if not isinstance(memory, GuestMemory):
             raise InvalidError(f"{connection.guest}'s memory cannot be passed on")
@@ -320,9 +369,57 @@ class BackendLink:
             mirror = Mirror(self, self._next_number(), connection.guest, memory)
             self._mirrors[memory] = mirror
         mirror.users += 1
-        remote = _Remote(self._next_number(), mirror)
-        self._remotes[connection] = self._numbers[remote.number] = remote
-        return remote
+        return mirror
+
+    def _leave(self, mirror: Mirror) -> None:
+        mirror.users -= 1
+        if not mirror.users and not self.ended:
+            del self._mirrors[mirror.memory]
+            mirror.end()
+
+    async def adopt(self, before: "BackendLink", device: Device) -> None:
+        """Go on with the open connections that a device had in an ended process.
+
+        One that cannot go on fails, alone. Cancelled or ended itself, it leaves them to
+        the process after it.
+        """
+        async with trio.open_nursery() as nursery:
+            for connection, remote in tuple(before._remotes.items()):
+                if connection.device is device:
+                    del before._remotes[connection]
+                    remote.number = self._next_number()
+                    remote.mirror = self._mirror(connection)
+                    self._remotes[connection] = self._numbers[remote.number] = remote
+                    nursery.start_soon(self._resume, connection, remote)
+
+    async def _resume(self, connection: Connection, remote: _Remote) -> None:
+        shared = tuple(connection.shm.values())
+        number = remote.number
+        open_request, fds = self._opening(connection, remote, resumes=True)
+        refused: list[wire.Reply] = []
+
+        def noted(reply: wire.Reply | None) -> None:
+            if reply is not None and reply.result < 0:
+                refused.append(reply)
+
+        self.request(open_request, noted, fds)
+        for shm in shared:
+            bell = remote.bells.get(shm.id)
+            if bell is not None:
+                self._nursery.start_soon(self._watch_bell, bell, shm)
+            share_request, fds = _sharing(remote, shm)
+            self.request(share_request, noted, fds)
+        try:
+            noted(await self.ask(lambda id: wire.Resume(id, number)))
+        except VbusError:
+            return  # the next process goes on with it
+        if refused:
+            remote.reason = refused[0].message
+            remote.failed.set()
+            return
+        for shm in shared:  # what the process before wanted to tell may be lost
+            if shm.signal is not None:
+                shm.notify()
 
     def _next_number(self) -> int:
         self._last_number += 1
@@ -331,36 +428,20 @@ class BackendLink:
     async def share(self, connection: Connection, shm: SharedMemory) -> None:
         """Share there, with the guest's doorbell and a bell of ours."""
         remote = self._remote(connection)
-        fds: list[int] = []
         bell: Doorbell | None = None
         if shm.doorbell is not None:
             try:
-                bell = Doorbell()
+                bell = remote.bells[shm.id] = Doorbell()
             except OSError as error:
                 raise NoSpaceError(f"no bell: {error.strerror}") from None
-            remote.bells.append(bell)
-            fds = [shm.doorbell.fileno(), bell.fileno()]
             self._nursery.start_soon(self._watch_bell, bell, shm)
         try:
-            reply = await self.ask(
-                lambda id: wire.Share(
-                    id,
-                    remote.number,
-                    shm.id,
-                    shm.view.addr,
-                    shm.size,
-                    shm.flags,
-                    shm.signal_offset,
-                    shm.prio,
-                    shm.cookie,
-                ),
-                fds,
-            )
+            reply = await self.ask(*_sharing(remote, shm))
             if reply.result < 0:
                 raise _refused(reply, connection)
         except BaseException:
-            if bell is not None and bell in remote.bells:
-                remote.bells.remove(bell)
+            if bell is not None and remote.bells.get(shm.id) is bell:
+                del remote.bells[shm.id]
                 bell.close()
             raise
 
@@ -377,16 +458,37 @@ class BackendLink:
         self, connection: Connection, function: int, data: bytes, flags: int
     ) -> CallResult:
         """Call there."""
-        number = self._remote(connection).number
+        return await self._call(self._remote(connection).number, function, data, flags)
+
+    async def _call(
+        self, number: int, function: int, data: bytes, flags: int, call: int = 0
+    ) -> CallResult:
         self._calls += 1
         try:
             reply = await self.ask(
-                lambda id: wire.Call(id, number, function, data, flags)
+                lambda id: wire.Call(id, number, function, data, flags, call)
             )
         finally:
             self._calls -= 1
             self._call_left.unpark_all()
         return reply.result, reply.data
+
+    @asynccontextmanager
+    async def turn(self, connection: Connection) -> AsyncIterator[int]:
+        """Wait for the turn of a call of a transparent device; gives its number."""
+        remote = self._remotes.get(connection)
+        if remote is None:
+            raise self.gone_error()
+        async with remote.turn:
+            remote.calls += 1
+            yield remote.calls
+
+    async def call_once(
+        self, connection: Connection, function: int, data: bytes, flags: int, call: int
+    ) -> CallResult:
+        """Call there, with the number that the call has for every process."""
+        number = self._remote(connection).number
+        return await self._call(number, function, data, flags, call)
 
     async def close(self, connection: Connection) -> None:
         """Close there, when the device has let go; else at once, by `end`."""
@@ -403,7 +505,7 @@ class BackendLink:
         remote = self._remotes.pop(connection, None)
         if remote is None:
             return
-        _close_bells(remote)
+        remote.close()
         done = remote.mirror.memory.retracting()
 
         def ended(_: wire.Reply | None) -> None:
@@ -411,10 +513,7 @@ class BackendLink:
             done()
 
         self.request(lambda id: wire.End(id, remote.number), ended)
-        remote.mirror.users -= 1
-        if not remote.mirror.users and not self.ended:
-            del self._mirrors[remote.mirror.memory]
-            remote.mirror.end()
+        self._leave(remote.mirror)
 
     async def retract(self, connections: Sequence[Connection]) -> None:
         """End connections there and wait: before the guest hears of it."""
@@ -449,10 +548,19 @@ class BackendLink:
     # What the manager does
 
     async def create(
-        self, name: str, class_name: str, attributes: dict[str, Any]
+        self,
+        name: str,
+        class_name: str,
+        attributes: dict[str, Any],
+        fds: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Make a device there; gives its attributes. Raises what it refuses with."""
-        reply = await self.ask(lambda id: wire.Create(id, name, class_name, attributes))
+        """Make a device there, with what was kept for it; gives its attributes.
+
+        Raises what it refuses with.
+        """
+        reply = await self.ask(
+            lambda id: wire.Create(id, name, class_name, attributes), fds
+        )
         return _values(reply, name)
 
     async def change(self, name: str, attribute: str, value: object) -> dict[str, Any]:
@@ -481,10 +589,26 @@ def _refused(reply: wire.Reply, connection: Connection) -> VbusError:
     return class_of(-reply.result)(message)
 
 
-def _close_bells(remote: _Remote) -> None:
-    for bell in remote.bells:
-        bell.close()
-    remote.bells.clear()
+def _sharing(
+    remote: _Remote, shm: SharedMemory
+) -> tuple[Callable[[int], wire.Share], list[int]]:
+    """Give what shares it there, and the descriptors."""
+    number, fds = remote.number, []
+    if shm.doorbell is not None:
+        fds = [shm.doorbell.fileno(), remote.bells[shm.id].fileno()]
+    return (
+        lambda id: wire.Share(
+            id,
+            number,
+            shm.id,
+            shm.view.addr,
+            shm.size,
+            shm.flags,
+            shm.signal_offset,
+            shm.prio,
+            shm.cookie,
+        )
+    ), fds
 
 
 def _first(group: BaseException) -> BaseException:

@@ -1,7 +1,8 @@
 """All backends of a daemon: those it starts itself, and those that come to its socket.
 
-supervised   `start = true`: a child with a socket of its own, started again when it
-             ends, later and later, and given up when it ends too often
+supervised   `start = true`: a child with a socket of its own; a second one is started
+             beside it and waits to take over at once when it ends. Replaced later and
+             later when it ends again and again, and given up when that is too often
 others       connect to backends.sock, as root or as the daemon's own user, under
              the name of a configured backend or one of their own
 """
@@ -21,6 +22,7 @@ from vbus import isolation
 from vbus.backend import wire
 from vbus.backend.backend import Backend, State, Tell
 from vbus.backend.backoff import Backoff
+from vbus.backend.child import Child
 from vbus.backend.link import BackendLink
 from vbus.backend.process import Process
 from vbus.bus import BusModel, check_name
@@ -48,6 +50,8 @@ class _Supervised:
         self.again = trio.Event()
         self.tried = trio.Event()
         """The first attempt came up, or failed."""
+        self.standby: Child | None = None
+        """What has started already, to take over at once."""
 
 
 class Backends:
@@ -66,6 +70,7 @@ class Backends:
         self._tell = tell
         self._allowed = {0, os.geteuid()}
         self._clients = 0
+        self._nursery: trio.Nursery
         self._serving = trio.CancelScope()
         self._ended = trio.Event()
         self._supervised = {
@@ -123,13 +128,15 @@ class Backends:
         unlink = unlinker(self.path)
         try:
             with self._serving:
-                async with trio.open_nursery() as nursery:
+                async with trio.open_nursery() as self._nursery:
                     for one in self._supervised.values():
-                        nursery.start_soon(self._supervise, one)
+                        self._nursery.start_soon(self._supervise, one)
                     task_status.started()
                     while True:
-                        await self._accept(listener, nursery)
+                        await self._accept(listener, self._nursery)
         finally:
+            for backend in self.named.values():
+                backend.let_go()
             listener.close()
             unlink()
             self._ended.set()
@@ -145,15 +152,18 @@ class Backends:
             await one.tried.wait()
 
     async def restart(self, name: str) -> None:
-        """End a backend's process, and wait until the next one is up.
+        """Have a new process take over from a backend's, and wait until it did.
 
-        Raises BusyError if the daemon does not start it, and NoDeviceError if it does
-        not come up.
+        It is started before the old one ends, from what is installed now. Raises
+        BusyError if the daemon does not start it, VbusError if it does not come up: if
+        it says no hello, the old one stays.
         """
         backend = self.backend(name)
         one = self._supervised.get(name)
         if one is None:
             raise BusyError(f"backend {name} is not started by this daemon")
+        if backend.link is not None and await self._renewed(one):
+            return
         one.backoff.forget()
         one.tried = trio.Event()
         one.again.set()
@@ -162,6 +172,25 @@ class Backends:
         await one.tried.wait()
         if backend.state is not State.UP:
             raise VbusError(f"backend {name} did not come up: {backend.last_end}")
+
+    async def _renewed(self, one: _Supervised) -> bool:
+        """Replace the process that waits by one of what is installed now.
+
+        True if that works already: the one before it has ended meanwhile.
+        """
+        backend = one.backend
+        old, child = one.standby, self._start(one)
+        one.standby = child
+        if old is not None:
+            old.kill()
+        if child is None:
+            raise VbusError(f"backend {backend.name}: {backend.last_end}")
+        await child.greeted.wait()
+        if child.turn.is_set():
+            await child.settled.wait()
+        if child.ended.is_set():
+            raise VbusError(f"backend {backend.name} did not come up: {child.reason}")
+        return child.turn.is_set()
 
     async def count(self) -> None:
         """Bring all devices' statistics up to date; one that hangs keeps its old."""
@@ -179,59 +208,69 @@ class Backends:
     # Those of our own
 
     async def _supervise(self, one: _Supervised) -> None:
-        backend = one.backend
         while True:
             one.again = trio.Event()
-            began = trio.current_time()
-            starts = backend.starts
-            await self._run_child(one)
-            lived = trio.current_time() - began if backend.starts > starts else 0.0
-            if one.again.is_set():
-                continue
-            delay = one.backoff.ended(lived)
-            one.tried.set()
-            if delay is None:
-                log.error("backend %s is given up: %s", backend.name, backend.last_end)
-                backend.state = State.FAILED
-                self._tell({"event": "backend-failed", "backend": backend.name})
-            with trio.move_on_after(math.inf if delay is None else delay):
-                await one.again.wait()
-            backend.state = State.DOWN
+            lived = await self._live(one)
+            if not one.again.is_set():
+                await self._pause(one, one.backoff.ended(lived))
 
-    async def _run_child(self, one: _Supervised) -> None:
+    async def _live(self, one: _Supervised) -> float:
+        """Have a process work until it ends: how long it was up, in seconds."""
+        child = one.standby
+        if child is None or child.ended.is_set():
+            child = self._start(one)
+        one.standby = None
+        if child is None:
+            return 0.0
+        child.turn.set()
+        await child.settled.wait()
+        if child.ended.is_set():
+            return 0.0
+        one.tried.set()
+        began = trio.current_time()
+        if one.standby is None:
+            one.standby = self._start(one)
+        await child.ended.wait()
+        return trio.current_time() - began
+
+    async def _pause(self, one: _Supervised, delay: float | None) -> None:
+        """Wait before the next process; `delay` None: until somebody asks for it."""
+        backend = one.backend
+        if delay is None:
+            log.error("backend %s is given up: %s", backend.name, backend.last_end)
+            backend.give_up()
+            if one.standby is not None:
+                one.standby.kill()
+        one.tried.set()
+        with trio.move_on_after(math.inf if delay is None else delay):
+            await one.again.wait()
+        backend.state = State.DOWN
+
+    def _start(self, one: _Supervised) -> Child | None:
+        """Start a process that says hello and waits for its turn; None: it cannot."""
         backend = one.backend
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         fd_socket = FdSocket(ours, wire.MAX_FDS)
         try:
-            child = self._spawn(backend.config, theirs)
+            process = self._spawn(backend.config, theirs)
         except OSError as error:
             fd_socket.close()
             backend.last_end = f"cannot start {backend.config.command}: {error}"
             log.warning("backend %s: %s", backend.name, backend.last_end)
-            return
+            return None
         finally:
             theirs.close()
-        log.info("backend %s: started as process %d", backend.name, child.pid)
+        log.info("backend %s: started as process %d", backend.name, process.pid)
         link = BackendLink(
             backend.name,
             fd_socket,
-            Process.child(child.pid),
+            Process.child(process.pid),
             deadline_s=backend.config.deadline_s,
             hello_s=_START_S,
         )
-
-        async def up(hello: wire.Hello) -> None:
-            await backend.came_up(link, hello)
-            one.tried.set()
-
-        reason = ""
-        try:
-            reason = await link.serve(up, backend.device_failed)
-        finally:
-            status = child.poll()  # it is dead already
-            backend.went_down(link, f"{reason} (status {status})")
-        backend.last_end = f"{reason} (status {status})"
-        log.warning("backend %s ended: %s", backend.name, backend.last_end)
+        child = Child(backend, link, process)
+        self._nursery.start_soon(child.run)
+        return child
 
     def _spawn(
         self, config: BackendConfig, theirs: socket.socket

@@ -7,8 +7,9 @@
              each exactly one `Reply`, in any order; by itself it says only `Failed` and
              `DeviceFailed`
     fds      go from the daemon to the backend, with the first byte of their message:
-             one for each range of `Map`; the doorbell and the bell of a `Share` with a
-             signal. None ever comes from a backend.
+             one for each range of `Map`; the record of an `Open`; the doorbell and the
+             bell of a `Share` with a signal; what was kept with a `Create`. From a
+             backend comes one, with `Keep`; the daemon only keeps it.
 
 Guests and connections have numbers that the daemon gives and never uses again. What a
 number says is good for the backend it was said to, and nobody else.
@@ -31,6 +32,7 @@ FRAME_LIMIT: Final = DATA_LIMIT + 4096
 MAX_FDS: Final = 64
 CLASS_LIMIT: Final = 256
 DEVICE_LIMIT: Final = 4096
+AREA_LIMIT: Final = 64 << 20
 HEAD: Final = struct.Struct("<IH")
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class ClassInfo(_Struct, frozen=True):
     type: Name
     version: Annotated[int, Meta(ge=0, lt=1 << 32)] = 1
     max_connections: Annotated[int, Meta(ge=0, lt=1 << 31)] = 1
+    transparent: bool = False
+    area_size: Annotated[int, Meta(ge=0, le=AREA_LIMIT)] = 0
     summary: Annotated[str, Meta(max_length=1024)] = ""
     attributes: tuple[AttributeInfo, ...] = ()
 
@@ -122,6 +126,16 @@ class DeviceFailed(Message, frozen=True):
     message: Annotated[str, Meta(max_length=4096)] = ""
 
 
+class Keep(Message, frozen=True):
+    """Give the descriptor that comes along to the next process, with the device.
+
+    Without `comes` there is none any more.
+    """
+
+    device: Name
+    comes: bool = True
+
+
 # From the daemon
 
 
@@ -162,7 +176,10 @@ class Ping(Request, frozen=True):
 
 
 class Create(Request, frozen=True):
-    """Make a device; `values` are its attributes then."""
+    """Make a device; `values` are its attributes then.
+
+    The descriptor that an earlier process kept for it comes along.
+    """
 
     device: str
     class_name: str
@@ -210,12 +227,25 @@ class Forget(Request, frozen=True):
 
 
 class Open(Request, frozen=True):
-    """A guest, whose memory came before, opens a device."""
+    """A guest, whose memory came before, opens a device.
+
+    A transparent one gets the descriptor of its record, with `area` bytes for itself.
+    With `resumes` the guest has it open: its memories are shared next, and only
+    `Resume` wakes the device.
+    """
 
     connection: int
     guest: int
     device: str
     version: int
+    area: int | None = None
+    resumes: bool = False
+
+
+class Resume(Request, frozen=True):
+    """All memories of a connection that is resumed were shared: go on."""
+
+    connection: int
 
 
 class Share(Request, frozen=True):
@@ -235,12 +265,17 @@ class Share(Request, frozen=True):
 
 
 class Call(Request, frozen=True):
-    """DEVCALL, with a copy of the guest's data."""
+    """DEVCALL, with a copy of the guest's data.
+
+    A transparent device gets one after the other, with a `number` that grows: what was
+    answered already is answered again from the record.
+    """
 
     connection: int
     function: int
     data: bytes
     flags: int
+    number: int = 0
 
 
 class Close(Request, frozen=True):
@@ -258,7 +293,7 @@ class End(Request, frozen=True):
     connection: int
 
 
-FromBackend = Hello | Reply | Failed | DeviceFailed
+FromBackend = Hello | Reply | Failed | DeviceFailed | Keep
 FromDaemon = (
     Welcome
     | Refused
@@ -272,6 +307,7 @@ FromDaemon = (
     | Unmap
     | Forget
     | Open
+    | Resume
     | Share
     | Call
     | Close
@@ -305,6 +341,11 @@ class Frames:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+
+    @property
+    def begun(self) -> bool:
+        """Is there a frame that is not whole?"""
+        return bool(self._buffer)
 
     @property
     def missing(self) -> int:

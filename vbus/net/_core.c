@@ -33,6 +33,8 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *kept[MAX_PARTS];
+    PyObject *record; /* the view that end.record lies in; NULL: it is our own */
+    struct vb_view *view; /* that view's; NULL too once it is dead */
     struct vn_host end;
 } Host;
 
@@ -506,6 +508,7 @@ static bool fill_module(PyObject *module)
            (host_type = add_type(module, &host_spec)) &&
            (guest_type = add_type(module, &guest_spec)) &&
            PyModule_AddIntConstant(module, "BATCH", VN_BATCH) == 0 &&
+           PyModule_AddIntConstant(module, "RECORD_SIZE", VN_RECORD_SIZE) == 0 &&
            PyModule_AddIntConstant(module, "BELL_RX", VN_BELL_RX) == 0 &&
            PyModule_AddIntConstant(module, "BELL_TX", VN_BELL_TX) == 0 &&
            PyModule_AddIntConstant(module, "BELL_EVENTS", VN_BELL_EVENTS) == 0;

@@ -23,6 +23,7 @@ from vbus.net._core import TapEnd
 from vbus.net.mac import MacAddress
 
 _TUNSETIFF: Final = 0x400454CA
+_TUNGETIFF: Final = 0x800454D2
 _TUNSETOFFLOAD: Final = 0x400454D0
 _TUNSETVNETHDRSZ: Final = 0x400454D8
 _TUNSETCARRIER: Final = 0x400454E2
@@ -74,6 +75,12 @@ def _open(name: str) -> tuple[int, str]:
     return fd, given.rstrip(b"\0").decode()
 
 
+def _name_of(fd: int) -> str:
+    """Give the name of an open TAP's interface. Raises OSError if it is none."""
+    given = fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16]
+    return given.rstrip(b"\0").decode()
+
+
 class Tap:
     """One TAP interface, made by opening and gone with close().
 
@@ -87,13 +94,15 @@ class Tap:
         *,
         offload: bool = True,
         spin: AdaptiveSpin | None = None,
+        fd: int | None = None,
     ) -> None:
         """Make the interface, `%d` standing for a free number.
 
+        With `fd`, the descriptor of an earlier Tap, which becomes ours: that interface.
         Without `offload` only plain frames come out, none longer than the MTU. Raises
         NoDeviceError, PermissionDeniedError, or the kernel's OSError (EBUSY: taken).
         """
-        self._fd, self.name = _open(name)
+        self._fd, self.name = _open(name) if fd is None else (fd, _name_of(fd))
         self._spin = spin
         self.end = TapEnd(self._fd, _HEADER_SIZE)
         features = _CSUM | _TSO4 | _TSO6 | _TSO_ECN if offload else 0

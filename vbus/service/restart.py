@@ -208,7 +208,7 @@ async def _leave(daemon: Daemon, notifier: Notifier, memory: Memory) -> None:
     unplugged = [
         device
         for device in reversed(tuple(daemon.model.devices.values()))
-        if not device.goes_on() and list(daemon.model.links(device))
+        if not device.resumable() and list(daemon.model.links(device))
     ]
     for device in unplugged:
         for bus, _ in list(daemon.model.links(device)):

@@ -374,6 +374,82 @@ static inline bool vb_ring_owned(struct vb_ring *ring, int index, int end)
            vb_desc_owned(vb_ring_desc(ring, index, end, 0), ring->me);
 }
 
+static inline uint32_t vb_ring_distance(const struct vb_ring *ring, uint32_t from,
+                                        uint32_t to)
+{
+    return to >= from ? to - from : ring->count - (from - to);
+}
+
+/* Does the peer have descriptor `at` by a move of its own, after ours from `first` to
+ * `last`? It is south's, so either we never handed it on, or the peer gave it back.
+ *
+ * The peer moves its own end before it gives a descriptor back, and cannot pass one
+ * that it does not have: so its end says which. Both ends at one place are no
+ * descriptors or all; the one at that place tells, as our move was not of all. */
+static inline int vb_ring_came_back(struct vb_ring *ring, int end, uint32_t last,
+                                    uint32_t at)
+{
+    _Atomic uint32_t *theirs = &ring->shared->index[VB_INUSE].at[1 - end];
+
+    for (int tries = 0; tries < 1000; tries++) {
+        uint32_t peer = atomic_load_explicit(theirs, memory_order_acquire), filled;
+        bool mine = vb_desc_owned(&ring->shared->desc[last], ring->me);
+
+        if (peer >= ring->count)
+            return vb_ring_fail(ring, vb_ring_range_fault(VB_INUSE, 1 - end));
+        if (peer == last &&
+            atomic_load_explicit(theirs, memory_order_acquire) != peer)
+            continue; /* it is moving just now */
+        if (end == VB_HEAD) { /* what it pushed lies from `last` to `peer` */
+            filled = peer != last ? vb_ring_distance(ring, last, peer)
+                     : mine       ? ring->count
+                                  : 0;
+            return vb_ring_distance(ring, last, at) < filled;
+        }
+        filled = peer != last ? vb_ring_distance(ring, peer, last)
+                 : mine       ? 0
+                              : ring->count; /* what it has not popped yet */
+        return vb_ring_distance(ring, peer, at) >= filled;
+    }
+    return vb_ring_fail(ring, "never-still");
+}
+
+/* Finish the pop (VB_HEAD) or push (VB_TAIL) of the inuse index, of n < count
+ * descriptors from `first` on, in which a process before us may have died: 0 or -EIO.
+ * The ring was just attached. */
+static inline int vb_ring_redo(struct vb_ring *ring, int end, uint32_t first, uint32_t n)
+{
+    uint32_t at = ring->pos[VB_INUSE][end], last;
+
+    if (vb_ring_check(ring))
+        return -EIO;
+    if (first >= ring->count || n > ring->count)
+        return vb_ring_fail(ring, "record-range");
+    last = (first + n) % ring->count;
+    if (at == first && (n < ring->count || vb_ring_owned(ring, VB_INUSE, end)))
+        return end == VB_HEAD ? vb_ring_pop(ring, VB_INUSE, n, 0)
+                              : vb_ring_push(ring, VB_INUSE, n, 0);
+    if (at != last)
+        return vb_ring_fail(ring, "record-moved");
+    for (uint32_t p = first; p != last; p = p + 1 == ring->count ? 0 : p + 1) {
+        int back;
+
+        if (!vb_desc_owned(&ring->shared->desc[p], ring->me))
+            continue;
+        back = vb_ring_came_back(ring, end, last, p);
+        if (back < 0)
+            return back;
+        if (!back)
+            vb_ring_flip(ring, p, 1);
+    }
+    if (end == VB_HEAD && !vb_ring_owned(ring, VB_INUSE, end) &&
+        atomic_load_explicit(&ring->shared->index[VB_INUSE].at[VB_TAIL],
+                             memory_order_acquire) == last) /* empty: not full */
+        atomic_store_explicit(&ring->shared->index[VB_INUSE].full, 0,
+                              memory_order_relaxed);
+    return 0;
+}
+
 /* Signal the peer: true = the caller crosses the boundary now. */
 static inline bool vb_ring_inject(struct vb_ring *ring)
 {

@@ -10,6 +10,7 @@ import trio.testing
 
 from backends.virtio.constants import LEGACY_MASK, Ring, Status
 from backends.virtio.device import VirtioDevice
+from backends.virtio.saved import Records
 from proxy.virtio.ring import DriverQueue, RingLayout
 from shm import AddressSpace, create_memfd
 
@@ -37,11 +38,17 @@ class Rig:
     rings: dict[int, DriverQueue] = field(default_factory=dict)
     interrupts: list[int] = field(default_factory=list)
     config_interrupts: int = 0
+    saves: int = 0
     features: int = 0
     _next: int = BUFFERS
     _told: trio.Event = field(default_factory=trio.Event)
 
     # VirtioTransport
+
+    records: Records | None = None
+
+    def save(self) -> None:
+        self.saves += 1
 
     def queue_interrupt(self, index: int) -> None:
         self.interrupts.append(index)

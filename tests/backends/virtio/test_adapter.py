@@ -402,7 +402,9 @@ async def test_what_is_a_pci_function_is_busy() -> None:
 
     class Nobody:
         space = None
+        records = None
 
+        def save(self) -> None: ...
         def queue_interrupt(self, index: int) -> None: ...
         def config_interrupt(self) -> None: ...
 

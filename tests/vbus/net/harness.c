@@ -171,7 +171,7 @@ static void world_close(struct world *world)
         vb_view_close(&world->views[i]);
     vb_space_clear(&world->space);
     close(world->fd);
-    free(world->host.pending);
+    free(world->host.record);
 }
 
 static void pump(struct world *world)
@@ -202,8 +202,8 @@ static void run_hostile(const uint8_t *in, uint32_t length)
             .events = &world->rings[3], .tx_pool = &world->views[4],
             .rx_pool = &world->views[5], .event_pool = &world->views[6], .mtu = 1500,
             .tx_caps = in[0], .rx_caps = in[1], .txc = in[2], .mitigation = in[3],
-            .up = true};
-        host->pending = calloc(VN_MAX_PENDING, sizeof(*host->pending));
+            .told = true, .up = true,
+            .record = calloc(1, sizeof(struct vn_record))};
         pump(world);
     }
     put(&host->counters, sizeof(host->counters));

@@ -24,6 +24,7 @@ struct vq_segment {
 struct vq_chain {
     uint16_t id;     /* what the used element names */
     uint16_t ndescs; /* descriptors of the ring it took */
+    uint16_t slot;   /* its entry of the in-flight record, if there is one */
     uint32_t nsegs, npieces;
     uint32_t out_pieces; /* the first of them, device-readable */
     uint64_t readable, writable, generation;

@@ -27,6 +27,7 @@ static inline const char *vq_packed_follow(struct vq *q, struct vq_chain *chain,
 
         chain->id = entry.next; /* the last one's counts */
         chain->ndescs = (uint16_t)n;
+        vq_record_note(q, &entry);
         if (entry.flags & VQ_F_INDIRECT)
             return vq_walk_table(q, &entry);
         reason = vq_walk_add(&q->walk, &entry);
@@ -67,10 +68,12 @@ static inline void vq_packed_push(struct vq *q, const struct vq_chain *chain,
     struct vq_packed_desc *desc = vq_packed_desc(q, q->at.next_used);
     uint16_t flags = vq_used_flags(q->at.used_wrap);
 
+    vq_record_giving(q, chain, vq_load(desc->flags));
     vq_store(desc->id, chain->id);
     vq_store(desc->len, written);
     vq_store_release(desc->flags, flags | (written ? VQ_F_WRITE : 0));
     vq_advance(&q->at.next_used, &q->at.used_wrap, chain->ndescs, q->size);
+    vq_record_given(q, chain);
     q->in_flight -= chain->ndescs;
     q->moved += chain->ndescs;
 }

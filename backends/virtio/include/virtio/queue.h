@@ -27,6 +27,11 @@ struct vq {
     uint32_t in_flight; /* taken, not given back: chains (split), descriptors (packed) */
     uint32_t moved;     /* used, and not decided on whether to notify; same units */
     bool restored;      /* not known what the driver was told: tell it once */
+    struct vq_record *record; /* of what is in flight, or NULL; see virtio/record.h */
+    struct vb_view *kept;     /* the view that it lies in, if that can die */
+    uint16_t *spare, *again, *batch; /* its entries: free; to take again; to publish */
+    uint32_t spares, agains, again_at, batched, noted;
+    uint64_t order;
     struct vq_walk walk;
     struct vq_entry *table; /* a private copy of an indirect table */
     uint64_t popped, pushed, notified, suppressed;
@@ -74,13 +79,43 @@ static inline const char *vq_walk_table(struct vq *q, const struct vq_entry *ent
     return q->packed ? NULL : "chain-length";
 }
 
+#include <virtio/record.h>
+
 #include <virtio/packed.h>
 #include <virtio/split.h>
+
+/* Walk a chain that the process before took and did not give back. */
+static inline const char *vq_again_walk(struct vq *q, struct vq_chain *chain)
+{
+    const struct vq_record_entry *head = &q->record->entry[q->again[q->again_at]];
+    const struct vq_record_entry *each = head;
+
+    chain->slot = q->again[q->again_at];
+    chain->id = head->id;
+    chain->ndescs = head->count;
+    if (!q->packed)
+        return vq_split_follow(q, head->id);
+    for (uint32_t n = head->count; n > 0 && n <= q->size; n--) {
+        struct vq_entry entry = {each->addr, each->len, each->flags, head->id};
+        const char *reason;
+
+        if (entry.flags & VQ_F_INDIRECT)
+            return vq_walk_table(q, &entry);
+        reason = vq_walk_add(&q->walk, &entry);
+        if (reason)
+            return reason;
+        if (each->next >= q->size)
+            break;
+        each = &q->record->entry[each->next];
+    }
+    return NULL;
+}
 
 static inline void vq_close(struct vq *q)
 {
     vq_parts_close(&q->parts);
     vq_walk_close(&q->walk);
+    vq_record_close(q);
     free(q->table);
     q->table = NULL;
 }
@@ -119,20 +154,27 @@ static inline int vq_open(struct vq *q, struct vb_space *space, uint32_t size,
 /* The ring's memory, at the begin of every operation: 0, or broken. */
 static inline int vq_check(struct vq *q)
 {
+    if (q->kept && !vb_view_alive(q->kept))
+        return vq_fail(q, "record-unmapped");
     return vq_parts_alive(&q->parts) ? 0 : vq_fail(q, "ring-unmapped");
 }
 
 /* Take a chain; vq_check came before. 1; 0 there is none; -EIO broken; -ENOMEM. */
 static inline int vq_pop(struct vq *q, struct vq_chain *chain)
 {
+    bool again = q->again_at < q->agains;
     const char *reason;
-    int error;
+    int error = 1;
 
     if (q->broken)
         return -EIO;
     vq_walk_begin(&q->walk);
-    error = q->packed ? vq_packed_walk(q, chain, &reason)
-                      : vq_split_walk(q, chain, &reason);
+    q->noted = 0;
+    if (again)
+        reason = vq_again_walk(q, chain);
+    else
+        error = q->packed ? vq_packed_walk(q, chain, &reason)
+                          : vq_split_walk(q, chain, &reason);
     if (error <= 0)
         return error;
     if (reason)
@@ -142,11 +184,16 @@ static inline int vq_pop(struct vq *q, struct vq_chain *chain)
         return error;
     if (error)
         return vq_fail(q, error == -EFAULT ? "buffer-address" : "buffer-pieces");
+    q->popped++;
+    if (again) {
+        q->again_at++;
+        return 1;
+    }
+    vq_record_taken(q, chain);
     if (q->packed)
         vq_packed_taken(q, chain);
     else
         vq_split_taken(q);
-    q->popped++;
     return 1;
 }
 
@@ -154,17 +201,22 @@ static inline int vq_pop(struct vq *q, struct vq_chain *chain)
  * came before, vq_publish comes after the last. */
 static inline void vq_push(struct vq *q, const struct vq_chain *chain, uint32_t written)
 {
-    if (q->packed)
+    if (q->packed) {
         vq_packed_push(q, chain, written);
-    else
+    } else {
         vq_split_push(q, chain, written);
+        vq_record_used(q, chain);
+    }
     q->pushed++;
 }
 
 static inline void vq_publish(struct vq *q)
 {
-    if (!q->packed)
-        vq_split_publish(q);
+    if (q->packed)
+        return;
+    vq_record_publishing(q);
+    vq_split_publish(q);
+    vq_record_published(q);
 }
 
 /* Does the driver want an interrupt for what was given back since we asked last? */
@@ -197,7 +249,7 @@ static inline void vq_disable_kicks(struct vq *q)
 /* Ask for a kick with the next chain. True: look again, nobody will tell. */
 static inline bool vq_enable_kicks(struct vq *q)
 {
-    if (q->broken || vq_check(q))
+    if (q->broken || vq_check(q) || q->again_at < q->agains)
         return true;
     if (q->packed)
         vq_packed_enable(q);

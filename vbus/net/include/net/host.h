@@ -13,16 +13,11 @@
 
 #include "ioq/ring.h"
 #include "net/offload.h"
+#include "net/record.h"
 
-#define VN_MAX_PENDING 8192u /* completions a guest may leave lying about */
 #define VN_MAX_SLOT_IOVS 64u
 
 enum { VN_BELL_RX = 1, VN_BELL_TX = 2, VN_BELL_EVENTS = 4 };
-
-struct vn_pending { /* an event that waits for room in the event ring */
-    uint32_t id;
-    uint64_t value;
-};
 
 struct vn_done { /* a TX descriptor that was looked at */
     uint64_t cookie;
@@ -44,8 +39,8 @@ struct vn_host {
     unsigned taken;
     struct vn_done done[VN_BATCH];
     uint32_t filled, used_pages; /* descriptors of rx and pages not yet handed over */
-    struct vn_pending *pending;  /* a circular list of VN_MAX_PENDING */
-    uint32_t pending_first, pending_count;
+    bool told;                   /* there are events: completions wait in the record */
+    struct vn_record *record;
     struct vn_frame scratch[2];  /* a segment, and a frame whose head is changed */
     struct vn_host_counters counters;
 };
@@ -180,7 +175,7 @@ static inline int vn_host_take(struct vn_host *host, const struct vb_desc *desc,
 /* The guest does not take its completions: until it does, we take no frames. */
 static inline bool vn_host_blocked(const struct vn_host *host)
 {
-    return host->pending_count > VN_MAX_PENDING - VN_BATCH;
+    return host->record->pending_count > VN_MAX_PENDING - VN_BATCH;
 }
 
 /* Describe the next frames of the TX ring in `batch`: the number of descriptors looked
@@ -210,12 +205,13 @@ static inline int vn_host_collect(struct vn_host *host, struct vn_batch *batch)
 
 static inline void vn_host_queue_event(struct vn_host *host, uint32_t id, uint64_t value)
 {
-    uint32_t at = (host->pending_first + host->pending_count) % VN_MAX_PENDING;
+    struct vn_record *record = host->record;
+    uint32_t at = (record->next_first + record->next_count) % VN_MAX_PENDING;
 
-    if (!host->pending || host->pending_count == VN_MAX_PENDING)
+    if (!host->told || record->next_count >= VN_MAX_PENDING)
         return; /* collect() stops before, and link states are few */
-    host->pending[at] = (struct vn_pending){id, value};
-    host->pending_count++;
+    record->pending[at] = (struct vn_pending){id, 0, value};
+    record->next_count++;
 }
 
 static inline int vn_host_write_event(struct vn_host *host, const struct vb_desc *desc,
@@ -235,44 +231,77 @@ static inline int vn_host_write_event(struct vn_host *host, const struct vb_desc
     return 0;
 }
 
-/* Put what waits into the event ring: how many, or -EIO. */
-static inline int vn_host_flush_events(struct vn_host *host)
+/* One move of what waits into the event ring: how many, or -EIO. */
+static inline int vn_host_move_events(struct vn_host *host)
 {
-    uint32_t n = 0;
+    struct vn_record *record = host->record;
+    uint32_t n = 0, limit = vn_move_limit(host->events);
     struct vb_desc desc;
 
-    if (!host->events || !host->event_pool || host->pending_count == 0)
-        return 0;
     if (vb_ring_check(host->events))
         return -EIO;
-    while (n < host->pending_count &&
+    while (n < record->pending_count && n < limit &&
            vb_ring_peek(host->events, VB_INUSE, VB_TAIL, n, &desc) > 0) {
-        uint32_t at = (host->pending_first + n) % VN_MAX_PENDING;
+        uint32_t at = (record->pending_first + n) % VN_MAX_PENDING;
 
-        if (vn_host_write_event(host, &desc, &host->pending[at]))
+        if (vn_host_write_event(host, &desc, &record->pending[at]))
             return -EIO;
         n++;
     }
-    if (n > 0 && vb_ring_push(host->events, VB_INUSE, n, 0))
+    if (n == 0)
+        return 0;
+    vn_record_begin(record);
+    record->events = vn_move_of(host->events, VB_TAIL, n);
+    record->next_first = (record->pending_first + n) % VN_MAX_PENDING;
+    record->next_count = record->pending_count - n;
+    vn_record_decide(record);
+    if (vb_ring_push(host->events, VB_INUSE, n, 0))
         return -EIO;
-    host->pending_first = (host->pending_first + n) % VN_MAX_PENDING;
-    host->pending_count -= n;
-    host->counters.deferred_events += host->pending_count;
+    vn_record_done(record);
     return (int)n;
+}
+
+/* Put what waits into the event ring: how many, or -EIO. */
+static inline int vn_host_flush_events(struct vn_host *host)
+{
+    int moved = 1, n = 0;
+
+    if (!host->events || !host->event_pool || host->record->pending_count == 0)
+        return 0;
+    while (moved > 0 && host->record->pending_count > 0) {
+        moved = vn_host_move_events(host);
+        n += moved > 0 ? moved : 0;
+    }
+    host->counters.deferred_events += host->record->pending_count;
+    return moved < 0 ? moved : n;
+}
+
+/* Pop n descriptors, the first of the collected ones is `first`: 0 or -EIO. */
+static inline int vn_host_move_tx(struct vn_host *host, unsigned first, unsigned n)
+{
+    vn_record_begin(host->record);
+    host->record->tx = vn_move_of(host->tx, VB_HEAD, n);
+    for (unsigned i = first; host->txc && i < first + n; i++)
+        if (host->done[i].named)
+            vn_host_queue_event(host, VN_EVENT_TXC, host->done[i].cookie);
+    vn_record_decide(host->record);
+    if (vb_ring_pop(host->tx, VB_INUSE, n, 0))
+        return -EIO;
+    vn_record_done(host->record);
+    return 0;
 }
 
 /* Complete n descriptors from `first` of the collected ones: VN_BELL_* or -EIO. */
 static inline int vn_host_complete(struct vn_host *host, unsigned first, unsigned n)
 {
+    unsigned part = n < vn_move_limit(host->tx) ? n : vn_move_limit(host->tx);
     int events;
 
-    if (vb_ring_pop(host->tx, VB_INUSE, n, 0))
+    if (vn_host_move_tx(host, first, part) ||
+        (part < n && vn_host_move_tx(host, first + part, n - part)))
         return -EIO;
     if (!host->txc)
         return vb_ring_inject(host->tx) ? VN_BELL_TX : 0;
-    for (unsigned i = first; i < first + n; i++)
-        if (host->done[i].named)
-            vn_host_queue_event(host, VN_EVENT_TXC, host->done[i].cookie);
     events = vn_host_flush_events(host);
     if (events < 0)
         return events;

@@ -37,6 +37,7 @@ static inline int vn_host_fill_flat(struct vn_host *host, const struct vb_desc *
     }
     if (vn_host_copy(host->rx->space, desc->ptr, &from, frame->len))
         return vb_ring_fail(host->rx, "rx-buffer");
+    vn_record_room(host->record, host->rx, host->filled, desc->len);
     vb_ring_set_len(host->rx, VB_INUSE, VB_TAIL, host->filled, frame->len);
     return 1;
 }
@@ -98,13 +99,14 @@ static inline int vn_host_fill_l4ro(struct vn_host *host, const struct vb_desc *
                        .csum_offset = offload->csum_offset,
                        .gso_type = offload->gso_type, .gso_hdrlen = offload->hdr_len,
                        .gso_size = offload->gso_size};
-    uint32_t room;
+    uint32_t room, slot_length;
     uint8_t *slot = vn_host_slot(host, desc, &room);
     int pages = 0;
 
     if (!slot)
         return -EIO;
     memcpy(&iov[0], slot + sizeof(sg), sizeof(iov[0]));
+    slot_length = iov[0].len;
     addr[0] = iov[0].ptr;
     if (iov[0].len < frame->len) {
         pages = vn_host_find_pages(host, frame->len - iov[0].len, room, iov, addr);
@@ -120,6 +122,7 @@ static inline int vn_host_fill_l4ro(struct vn_host *host, const struct vb_desc *
     for (int i = 0; i <= pages; i++)
         if (vn_host_copy(host->rx->space, addr[i], &from, iov[i].len))
             return vb_ring_fail(host->rx, "rx-buffer");
+    vn_record_room(host->record, host->rx, host->filled, slot_length);
     sg.count = (uint32_t)pages + 1;
     memcpy(slot + 8, (uint8_t *)&sg + 8, sizeof(sg) - 8); /* the cookie stays */
     memcpy(slot + sizeof(sg), iov, sizeof(iov[0]) * sg.count);
@@ -179,6 +182,36 @@ static inline int vn_host_put_segments(struct vn_host *host, const struct vn_fra
     return 0;
 }
 
+/* Hand over RX descriptors that are filled, and before them the pages that are used. */
+static inline int vn_host_move_rx(struct vn_host *host, uint32_t pages, uint32_t filled)
+{
+    struct vn_record *record = host->record;
+
+    while (filled > 0) {
+        uint32_t n = filled, back = pages;
+
+        if (n > vn_move_limit(host->rx))
+            n = vn_move_limit(host->rx);
+        if (back > 0 && back > vn_move_limit(host->pages))
+            back = vn_move_limit(host->pages);
+        if (back < pages)
+            n = 0; /* all pages first */
+        vn_record_begin(record);
+        record->pages = back ? vn_move_of(host->pages, VB_HEAD, back) : record->pages;
+        record->rx = vn_move_of(host->rx, VB_TAIL, n);
+        vn_record_decide(record);
+        if (back > 0 && vb_ring_pop(host->pages, VB_INUSE, back, 0))
+            return -EIO;
+        VN_STEP();
+        if (n > 0 && vb_ring_push(host->rx, VB_INUSE, n, 0))
+            return -EIO;
+        vn_record_done(record);
+        pages -= back;
+        filled -= n;
+    }
+    return 0;
+}
+
 /* Hand over what was filled and used. Pages first: the guest gives them back to us as
  * soon as it sees the frames. */
 static inline int vn_host_publish(struct vn_host *host)
@@ -186,9 +219,7 @@ static inline int vn_host_publish(struct vn_host *host)
     uint32_t filled = host->filled, pages = host->used_pages;
 
     host->filled = host->used_pages = 0;
-    if (pages > 0 && vb_ring_pop(host->pages, VB_INUSE, pages, 0))
-        return -EIO;
-    return filled > 0 ? vb_ring_push(host->rx, VB_INUSE, filled, 0) : 0;
+    return filled > 0 ? vn_host_move_rx(host, pages, filled) : 0;
 }
 
 /* Copy frames into the RX ring, without a signal: 0 or -EIO. No room: dropped. */
@@ -223,10 +254,11 @@ static inline int vn_host_flush_slot(struct vn_host *host, uint32_t nth,
     uint8_t *slot;
 
     if (!(host->rx_caps & VN_CAP_SG)) {
+        vn_record_room(host->record, host->rx, nth, desc->len);
         vb_ring_set_len(host->rx, VB_INUSE, VB_TAIL, nth, 0);
         return 0;
     }
-    slot = vn_host_slot(host, desc, &room);
+    slot = vn_host_slot(host, desc, &room); /* what the iov says stays */
     if (!slot)
         return -EIO;
     memcpy(slot + offsetof(struct vn_sg, len), &zero, sizeof(zero));
@@ -248,10 +280,69 @@ static inline int vn_host_flush_rx(struct vn_host *host)
             return -EIO;
         n++;
     }
-    if (n > 0 && vb_ring_push(host->rx, VB_INUSE, n, 0))
+    if (vn_host_move_rx(host, 0, n))
         return -EIO;
     host->counters.flushed += n;
     return (int)n;
+}
+
+/* ---- going on after another process ---- */
+
+/* Give an RX descriptor the length back that it had when it was posted: 0 or -EIO. */
+static inline int vn_host_restore_room(struct vn_host *host, uint32_t nth)
+{
+    struct vb_desc desc;
+    uint64_t length = host->record->room[nth];
+    uint32_t room, slot_length = (uint32_t)length;
+    uint8_t *slot;
+
+    if (vb_ring_peek(host->rx, VB_INUSE, VB_TAIL, nth, &desc) <= 0)
+        return vb_ring_fail(host->rx, "record-room");
+    if (!(host->rx_caps & VN_CAP_SG)) {
+        vb_ring_set_len(host->rx, VB_INUSE, VB_TAIL, nth, length);
+        return 0;
+    }
+    slot = vn_host_slot(host, &desc, &room);
+    if (!slot)
+        return -EIO;
+    memcpy(slot + sizeof(struct vn_sg) + offsetof(struct vn_iov, len), &slot_length,
+           sizeof(slot_length));
+    return 0;
+}
+
+/* Finish what the process before was at, and make good what it had begun: 0; -EIO, a
+ * ring's fault; -EINVAL, the record is damaged. All rings are attached. */
+static inline int vn_host_resume(struct vn_host *host)
+{
+    struct vn_record *record = host->record;
+    uint32_t filled;
+    int error = 0;
+
+    if (record->magic != VN_RECORD_MAGIC || record->version != VN_RECORD_VERSION)
+        return -EINVAL;
+    if (atomic_load_explicit(&record->doing, memory_order_acquire)) {
+        error = vn_move_redo(host->tx, VB_HEAD, record->tx);
+        error = error ? error : vn_move_redo(host->pages, VB_HEAD, record->pages);
+        error = error ? error : vn_move_redo(host->rx, VB_TAIL, record->rx);
+        error = error ? error : vn_move_redo(host->events, VB_TAIL, record->events);
+        if (error)
+            return error;
+        vn_record_done(record);
+    }
+    if (record->pending_first >= VN_MAX_PENDING || record->pending_count > VN_MAX_PENDING)
+        return -EINVAL;
+    filled = atomic_load_explicit(&record->rx_filled, memory_order_acquire);
+    if (filled > VN_MAX_RING || (filled > 0 && !host->rx))
+        return -EINVAL;
+    if (filled == 0 || record->rx_first != host->rx->pos[VB_INUSE][VB_TAIL])
+        return 0;
+    if (vb_ring_check(host->rx))
+        return -EIO;
+    for (uint32_t nth = 0; nth < filled; nth++)
+        if (vn_host_restore_room(host, nth))
+            return -EIO;
+    atomic_store_explicit(&record->rx_filled, 0, memory_order_release);
+    return 0;
 }
 
 #endif
