@@ -116,7 +116,7 @@ async def test_calls_are_answered_once_each_while_the_process_is_killed(
 
                     nursery.start_soon(count)
                     for _ in range(KILLS):
-                        await trio.sleep(choice.random() / 5)
+                        await trio.sleep(PAUSE_S + choice.random() / 5)
                         await other_process(daemon, await kill(daemon))
                     nursery.cancel_scope.cancel()
                 assert watcher.seen == [("added", "t0")]
