@@ -192,7 +192,7 @@ async def test_nothing_is_replaced_under_a_function_that_cannot_wait(
 
 def test_under_a_manager_it_is_the_same_service(tmp_path: Path) -> None:
     """R60: RELOADING, then READY by the same process; what is stored stays so."""
-    with Manager(tmp_path, BUS + ECHO, WATCHDOG_USEC="1000000") as manager:
+    with Manager(tmp_path, BUS + ECHO, WATCHDOG_USEC="200000") as manager:
         manager.run()
         manager.wait_for("FDNAME=vbus/state.")
         sockets = manager.stored_sockets
