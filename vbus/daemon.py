@@ -80,6 +80,9 @@ class Daemon:
         self.ready = False
         self.lock = -1
         """The descriptor that holds the runtime directory."""
+        self.descriptors: dict[str, int] = {}
+        """Of devices, which own them: what a next process is to have."""
+        self.model.keep = self._keep
         self._predecessor = predecessor
         self._changes = 0
         self._closed = False
@@ -331,6 +334,9 @@ class Daemon:
         go on with their guests are plugged in last, so that the guests hear of it.
         """
         buses = {} if running is None else running.buses
+        descriptors = {} if running is None else running.descriptors
+        kept = {name: held.take(index) for name, index in descriptors.items()}
+        self.model.kept.update(kept)
         for bus in self.config.buses:
             with self._surviving(f"bus {bus.name}"):
                 made = self.model.add_bus(bus.name)
@@ -341,6 +347,10 @@ class Daemon:
                 if self.backends.of_class(device) is None:
                     await self.make_device(msgspec.structs.replace(device, buses=()))
                     self._link_again(device, buses)
+        for name in kept:
+            left = self.model.kept.pop(name, None)
+            if left is not None:
+                os.close(left)
         clients = {} if running is None else running.guests
         for guest in self.config.guests:
             with self._surviving(f"guest {guest.name}"):
@@ -459,12 +469,19 @@ class Daemon:
                 logger.error("not removed, they use each other: %s", ", ".join(left))
                 return
 
+    def _keep(self, name: str, fd: int | None) -> None:
+        if fd is None:
+            self.descriptors.pop(name, None)
+        else:
+            self.descriptors[name] = fd
+
     def _changed(self, change: Change) -> None:
         if change.kind is ChangeKind.DEVICE_ADDED:
             device = self.model.device(str(change.device))
             if device.overrides("serve"):
                 self._device_nursery.start_soon(self._serve_device, device)
         elif change.kind is ChangeKind.DEVICE_REMOVED:
+            self.descriptors.pop(str(change.device), None)
             scope = self._serving.pop(str(change.device), None)
             if scope is not None:
                 scope.cancel()

@@ -155,6 +155,8 @@ class Running(Struct, frozen=True):
     lock: Fd
     buses: dict[str, SavedBus]
     guests: dict[str, SavedClient]
+    descriptors: dict[str, Fd] = {}
+    """What devices keep for their next process, a TAP for one."""
     stored: tuple[str, ...] = ()
     """By what names the service manager has older states."""
 

@@ -66,15 +66,14 @@ def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
         if kept is not None:
             os.close(kept)
         raise NoDeviceError(f"cannot make a TAP {ifname}: {error.strerror}") from None
-    if kept is not None:  # it is as it was, and may have been changed by others since
-        return tap
     try:
-        tap.configure(
-            mac=MacAddress.parse(device.host_mac),
-            mtu=device.mtu,
-            address=parse_address(device.address) if device.address else None,
-            up=up or None,
-        )
+        if kept is None:  # else it is as others may have changed it meanwhile
+            tap.configure(
+                mac=MacAddress.parse(device.host_mac),
+                mtu=device.mtu,
+                address=parse_address(device.address) if device.address else None,
+                up=up or None,
+            )
     except BaseException as error:
         tap.close()
         if isinstance(error, OSError):

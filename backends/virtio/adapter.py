@@ -223,6 +223,10 @@ class VirtioOnBus(Device):
         finally:
             self.released()
 
+    @classmethod
+    def resumable(cls) -> bool:
+        return cls.transparent
+
     def teardown(self) -> None:
         self.model.reset()
         if not self._serving:

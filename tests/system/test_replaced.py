@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import statistics as stats
 import time
 from collections.abc import AsyncIterator
@@ -15,10 +16,13 @@ import trio
 from proxy.bridge import BridgeDriver
 from proxy.drivers.echo import EchoDriver
 from proxy.guest import attach
+from tests.netns import isolated
+from tests.proxy.virtio.guests import disk_on
 from tests.system.manager import Manager
 from tests.system.served import WITHIN_S, Served
 from tests.system.test_backends import drive
 from tests.system.test_hostile import settled
+from tests.system.test_transparent_disk import Writers
 
 REPLACEMENTS = 2
 BUS = """
@@ -34,10 +38,28 @@ name = "echo0"
 class = "echo"
 bus = "bus0"
 """
-RNG = """
+DISK = """
 [[device]]
-name = "rng0"
-class = "virtio-rng"
+name = "disk0"
+class = "virtio-blk"
+bus = "bus0"
+path = "PATH"
+size = "16M"
+"""
+TAP = """
+[[device]]
+name = "lan"
+class = "switch"
+[[device]]
+name = "up"
+class = "switch-tap"
+switch = "lan"
+ifname = "tap6"
+"""
+CONSOLE = """
+[[device]]
+name = "console0"
+class = "virtio-console"
 """
 
 
@@ -121,18 +143,50 @@ async def test_a_guest_calls_and_moves_messages_and_is_told_nothing(
             assert await echo.exchange(b"once more") == b"once more"
 
 
+async def test_a_disk_goes_on_with_what_was_under_way(tmp_path: Path) -> None:
+    """R60: of a virtio device in the daemon, what it took and did not give back too."""
+    config = BUS + DISK.replace("PATH", str(tmp_path / "image"))
+    with Served(tmp_path, config) as served:
+        async with attach(served.socket("g1")) as bridge, disk_on(bridge) as disk:
+            writers = Writers(disk)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(writers.run)
+                await writers.go_on()
+                for _ in range(REPLACEMENTS):
+                    await replaced(served)
+                    await writers.go_on()
+                writers.stop()
+            await writers.check_all()
+            assert not bridge.statistics().events.get("devdrop")
+
+
+@isolated
+async def test_a_tap_stays_as_others_changed_it(tmp_path: Path) -> None:
+    """R60: the very interface, not another of its name."""
+    with Served(tmp_path, TAP) as served:
+        before = interface()
+        for _ in range(2):
+            await replaced(served)
+            assert interface() == before
+
+
+def interface() -> int:
+    """The interface's index, which the kernel gives no second time."""
+    return socket.if_nametoindex("tap6")
+
+
 async def test_a_device_that_cannot_go_on_is_plugged_in_anew(tmp_path: Path) -> None:
     """R60: the guest is told, by an id that it has not seen; the others go on."""
-    with Served(tmp_path, BUS + ECHO + RNG + 'bus = "bus0"\n') as served:
+    with Served(tmp_path, BUS + ECHO + CONSOLE + 'bus = "bus0"\n') as served:
         async with driven(served) as (bridge, echo):
-            before = (await bridge.device("rng0")).id
+            before = (await bridge.device("console0")).id
             kept = (await bridge.device("echo0")).id
             await replaced(served)
             with trio.fail_after(WITHIN_S):
-                while (await bridge.device("rng0")).id == before:
+                while (await bridge.device("console0")).id == before:
                     await trio.lowlevel.checkpoint()
             assert before not in bridge.devices
-            assert (await bridge.device("rng0")).id > max(before, kept)
+            assert (await bridge.device("console0")).id > max(before, kept)
             assert (await bridge.device("echo0")).id == kept
             assert await echo.exchange(b"on") == b"on"
 
@@ -178,15 +232,15 @@ async def test_nothing_is_replaced_under_a_function_that_cannot_wait(
     tmp_path: Path,
 ) -> None:
     """A QEMU that has a virtio-pci function would lose it for good."""
-    with Served(tmp_path, BUS + ECHO + RNG + 'expose = "pci"\n') as served:
-        socket = served.runtime / "functions" / "rng0.sock"
+    with Served(tmp_path, BUS + ECHO + CONSOLE + 'expose = "pci"\n') as served:
+        socket = served.runtime / "functions" / "console0.sock"
         with trio.socket.socket(trio.socket.AF_UNIX) as client:
             await client.connect(str(socket))
             await trio.to_thread.run_sync(until_logged, served, "client connected")
             served.process.send_signal(signal.SIGUSR2)
-            await trio.to_thread.run_sync(until_logged, served, "rng0 has a guest")
+            await trio.to_thread.run_sync(until_logged, served, "console0 has a guest")
         assert lives(served) == 1
-        await trio.to_thread.run_sync(until_logged, served, "rng0: client left")
+        await trio.to_thread.run_sync(until_logged, served, "console0: client left")
         await replaced(served)
 
 

@@ -62,7 +62,9 @@ class Sink(Device):
 
 
 def test_a_state_comes_back_as_it_was() -> None:
-    state = State({"bus": [{"name": "bus0"}]}, Running(0, {}, {}, ("vbus/state.1",)))
+    state = State(
+        {"bus": [{"name": "bus0"}]}, Running(0, {}, {}, {"tap0": 1}, ("vbus/state.1",))
+    )
     fd = saved.write(state)
     try:
         assert saved.read(fd) == state

@@ -242,7 +242,8 @@ def _running(daemon: Daemon, kept: Kept, stored: tuple[str, ...]) -> Running:
         for name, bus in daemon.model.buses.items()
     }
     guests = {name: one for name, one in clients.items() if one is not None}
-    return Running(lock, buses, guests, stored)
+    descriptors = {name: kept.keep(fd) for name, fd in daemon.descriptors.items()}
+    return Running(lock, buses, guests, descriptors, stored)
 
 
 def _execute(passed: list[Inherited], environment: Mapping[str, str]) -> NoReturn:
