@@ -232,11 +232,15 @@ def _device(number: int, table: dict[str, Any]) -> DeviceConfig:
     except msgspec.ValidationError as error:
         raise ConfigError(_place(error, f".device[{number}]")) from None
     buses = (head.bus,) if isinstance(head.bus, str) else head.bus
+    own = {field.encode_name for field in msgspec.structs.fields(_DeviceHead)}
+    spin = head.spin_us
+    if head.expose != "pci":  # an attribute, which many devices have
+        spin = None
+        own.remove("spin_us")
     try:
-        shown = exposure(head.expose, buses, head.layout, head.uid, head.spin_us)
+        shown = exposure(head.expose, buses, head.layout, head.uid, spin)
     except InvalidError as error:
         raise ConfigError(f"device[{number}]: {error}") from None
-    own = {field.encode_name for field in msgspec.structs.fields(_DeviceHead)}
     rest = {key: value for key, value in table.items() if key not in own}
     return DeviceConfig(head.name, head.class_name, buses, rest, shown, head.backend)
 

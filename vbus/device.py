@@ -186,11 +186,12 @@ class Device:
         return None
 
     def save(self, connection: Connection) -> bytes:
-        """Give what `resume` will need, in at most 32 KiB; of a transparent device.
+        """Give what `resume` will need, in at most 32 KiB.
 
-        Asked after `open` and after each call, before the guest has the answer: calls
-        of one connection come one after the other. For what changes at other times
-        the device calls `connection.save()`.
+        Asked when the daemon is replaced; of a transparent device in a backend after
+        `open` and after each call, before the guest has the answer: calls of one
+        connection come one after the other. For what changes at other times the
+        device calls `connection.save()`.
         """
         return b""
 
@@ -201,7 +202,8 @@ class Device:
 
         `shared` is what the guest shares, in the order in which it did; `state` what
         `save` gave last, and `connection.area` as it was left, both as hostile as all
-        that another process wrote. A VbusError ends the connection.
+        that another process wrote. A VbusError ends the connection, and when the daemon
+        was replaced so does a hook that is async.
         """
         raise InvalidError(f"{self.name} cannot resume a connection")
 

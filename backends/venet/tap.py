@@ -53,15 +53,13 @@ class TapHolder(Protocol):
     def mtu(self) -> int: ...
     @property
     def address(self) -> str: ...
-    @property
-    def spin_us(self) -> int: ...
 
 
-def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
+def open_tap(device: TapHolder, ifname: str, *, spin_us: int, up: bool) -> Tap:
     """Make the TAP of a device. Raises NoDeviceError, PermissionDeniedError."""
     kept = device.host.kept()
     try:
-        tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us), fd=kept)
+        tap = Tap(ifname or "vbus%d", spin=spin(spin_us), fd=kept)
     except OSError as error:
         if kept is not None:
             os.close(kept)
@@ -151,7 +149,7 @@ class SwitchTap(Device):
 
     def setup(self) -> None:
         switch = find_switch(self, self.switch)
-        tap = open_tap(self, self.ifname, up=True)
+        tap = open_tap(self, self.ifname, spin_us=self.spin_us, up=True)
         try:
             port = _TapPort(self.name, tap, self.frames)
             switch.attach(port, MacAddress.parse(self.host_mac))
@@ -217,7 +215,9 @@ class VenetTap(VenetBase):
         self._disable()
 
     def _enable(self) -> None:
-        self._tap = open_tap(self, self._wanted, up=bool(self.address))
+        self._tap = open_tap(
+            self, self._wanted, spin_us=self.spin_us, up=bool(self.address)
+        )
         self._tap.set_carrier(self.statistics().link_up)
         self.ifname = self._tap.name
         self._there.set(True)

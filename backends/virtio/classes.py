@@ -249,7 +249,9 @@ class VirtioNetDevice(VirtioOnBus):
         parse_tap_address, default="", doc="the TAP's IPv4 address with prefix"
     )
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
-    spin_us = attribute(parse_spin, default=SPIN_US, doc="the TAP's; see class venet")
+    tap_spin_us = attribute(
+        parse_spin, default=SPIN_US, doc="the TAP's; spin_us of class venet"
+    )
     mac = attribute(
         parse_mac, default="", doc="made from the device's name if not given"
     )
@@ -272,7 +274,14 @@ class VirtioNetDevice(VirtioOnBus):
         if self.switch:
             self._port = SwitchPort(self.name, find_switch(self, self.switch))
         else:
-            self._port = TapPort(open_tap(self, self.ifname, up=bool(self.address)))
+            self._port = TapPort(
+                open_tap(
+                    self,
+                    self.ifname,
+                    spin_us=self.tap_spin_us,
+                    up=bool(self.address),
+                )
+            )
         address = MacAddress.parse(self.mac)
         self.model = VirtioNet(self._port, address, mtu=self.mtu, pairs=self.pairs)
         self._port.plug(self.model)

@@ -24,6 +24,7 @@ name = "port1"
 class = "venet"
 bus = ["bus0", "bus1"]
 switch = "lan0"
+spin_us = 20
 
 [[guest]]
 name = "g1"
@@ -38,7 +39,9 @@ def test_a_whole_file_gives_buses_devices_with_their_attributes_and_guests() -> 
     assert [bus.name for bus in config.buses] == ["bus0"]
     assert config.devices == (
         DeviceConfig("lan0", "switch", (), {"mac_limit": 16}),
-        DeviceConfig("port1", "venet", ("bus0", "bus1"), {"switch": "lan0"}),
+        DeviceConfig(
+            "port1", "venet", ("bus0", "bus1"), {"switch": "lan0", "spin_us": 20}
+        ),
     )
     assert config.guests == (GuestConfig("g1", "bus0", msix=False),)
 
