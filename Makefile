@@ -17,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 EDITABLE = CPPFLAGS="$$(cat $(VENV)/base)" PYTHONWARNINGS=ignore \
     $(PIP) install --no-build-isolation --editable
 
-.PHONY: help build demo demo-json demo-vm test check lint types layers format bench fuzz docs clean
+.PHONY: help build demo demo-json demo-vm test check lint types layers format bench fuzz man deb docs clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -58,6 +58,12 @@ bench: $(VENV)/cores $(VENV)/bench ## Measure beside the peers; ARGS="--only NAM
 
 fuzz: ## Fuzz the virtqueue parser for ten minutes; needs clang
 	@scripts/fuzz-virtqueue 600
+
+man: $(VENV)/cores ## Write manual pages and completions into build/man
+	@$(BIN)/python -m vbus.cli.manual build/man
+
+deb: ## Build the Debian package into build/deb
+	@packaging/build-deb build/deb
 
 docs: $(VENV)/cores $(VENV)/docs ## Build the documentation into build/docs
 	@$(BIN)/sphinx-build -W --keep-going -q docs build/docs
