@@ -87,7 +87,7 @@ class Served:
 
     @property
     def mappings(self) -> int:
-        """Mappings of memory files: guests' memory."""
+        """Mappings of memory files: guests' memory, and areas of connections."""
         maps = Path(f"/proc/{self.process.pid}/maps").read_text()
         return sum("memfd:" in line for line in maps.splitlines())
 
