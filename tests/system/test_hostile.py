@@ -68,10 +68,17 @@ def lives(process: "subprocess.Popen[str]") -> int:
 
 
 def settled(daemon: Served) -> tuple[int, int]:
-    """Descriptors and mappings, once the last guest is gone for the daemon too."""
-    guests = daemon.ask("guest", "show")
-    while any(guest["attached"] for guest in guests):
-        guests = daemon.ask("guest", "show")
+    """Descriptors and mappings, once the last guest is gone for the daemon too.
+
+    And once each backend that it starts has a successor.
+    """
+    while any(guest["attached"] for guest in daemon.ask("guest", "show")):
+        pass
+    while any(
+        one["supervised"] and one["state"] == "up" and one["standby"] is None
+        for one in daemon.ask("backend", "show")
+    ):
+        pass
     return daemon.fds, daemon.mappings
 
 

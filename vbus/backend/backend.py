@@ -55,6 +55,8 @@ class Backend:
         self.classes: dict[str, type[RemoteDevice]] = {}
         self.wanted: dict[str, DeviceConfig] = {}
         self.starts = 0
+        self.standby: int | None = None
+        """The process that waits to take over."""
         self.last_end = ""
         self.up = trio.Event()
         """Replaced when it goes down."""

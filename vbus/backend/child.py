@@ -44,13 +44,17 @@ class Child:
             self._backend.went_down(self._link, self.reason)
             if self.turn.is_set():
                 self._backend.last_end = self.reason
+            elif self._backend.standby == self._link.process.pid:
+                self._backend.standby = None
             for event in (self.greeted, self.settled, self.ended):
                 event.set()
         log.warning("backend %s ended: %s", self._backend.name, self.reason)
 
     async def _up(self, hello: wire.Hello) -> None:
         self.greeted.set()
+        self._backend.standby = self._link.process.pid
         await self.turn.wait()
+        self._backend.standby = None
         await self._backend.came_up(self._link, hello)
         self.settled.set()
 

@@ -21,12 +21,16 @@ def backend_show(name: str | None, as_json: bool) -> None:
         print_json(shown)
         return
     print_table(
-        ("backend", "state", "process", "classes", "devices", "starts", "last end"),
+        (
+            *("backend", "state", "process", "standby", "classes", "devices"),
+            *("starts", "last end"),
+        ),
         [
             (
                 one["name"],
                 one["state"],
                 one["pid"] or "",
+                one["standby"] or "",
                 " ".join(one["classes"]),
                 " ".join(one["devices"]),
                 one["starts"],

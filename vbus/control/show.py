@@ -133,6 +133,7 @@ def show_backend(backend: Backend) -> Shown:
         "name": backend.name,
         "state": backend.state.value,
         "pid": link.process.pid if link is not None else None,
+        "standby": backend.standby,
         "supervised": backend.config.start,
         "classes": sorted({*backend.config.classes, *backend.classes}),
         "devices": {name: name in there for name in backend.wanted},
