@@ -17,7 +17,7 @@ export PIP_ROOT_USER_ACTION := ignore
 EDITABLE = CPPFLAGS="$$(cat $(VENV)/base)" PYTHONWARNINGS=ignore \
     $(PIP) install --no-build-isolation --editable
 
-.PHONY: help build demo demo-json demo-vm test check lint types layers format bench docs clean
+.PHONY: help build demo demo-json demo-vm test check lint types layers format bench fuzz docs clean
 
 help: ## Say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -35,7 +35,7 @@ demo-vm: $(VENV)/cores ## Two virtual machines, a process and the host on one bu
 	@$(BIN)/vbus demo --vm $(ARGS)
 
 test: $(VENV)/cores $(VENV)/dev ## Run the tests; ARGS="-k name" picks some
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
 check: lint types layers ## Static checks: lint, format, types, layers
 
@@ -55,6 +55,9 @@ format: $(VENV)/dev ## Format the sources and sort their imports
 
 bench: $(VENV)/cores $(VENV)/bench ## Measure beside the peers; ARGS="--only NAME --rounds 5"
 	@$(BIN)/python -m bench $(ARGS)
+
+fuzz: ## Fuzz the virtqueue parser for ten minutes; needs clang
+	@scripts/fuzz-virtqueue 600
 
 docs: $(VENV)/cores $(VENV)/docs ## Build the documentation into build/docs
 	@$(BIN)/sphinx-build -W --keep-going -q docs build/docs

@@ -12,16 +12,19 @@ from vbus.errors import VbusError
 async def beside(task: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """Run `task` for the time of the body.
 
-    If it raises, the body is cancelled and the error comes out, whatever the body makes
-    of that; if it returns, the body goes on. Unlike a nursery this wraps no error in a
-    group.
+    A cancellation from outside reaches the task only after the body has ended, which
+    may need it to clean up. If the task raises, the body is cancelled and the error
+    comes out, whatever the body makes of that; if it returns, the body goes on. Unlike
+    a nursery this wraps no error in a group.
     """
     failure: Exception | None = None
+    scope = trio.CancelScope(shield=True)
 
     async def run() -> None:
         nonlocal failure
         try:
-            await task()
+            with scope:
+                await task()
         except Exception as error:
             failure = failure or error
             nursery.cancel_scope.cancel()
@@ -33,7 +36,8 @@ async def beside(task: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
                 yield
             except Exception as error:
                 failure = failure or error
-            nursery.cancel_scope.cancel()
+            finally:
+                scope.cancel()
     except BaseExceptionGroup:
         if failure is None:
             raise

@@ -5,6 +5,7 @@ and gone with it.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
@@ -21,15 +22,31 @@ from vbus.net.interface import check_name, parse_address
 DISABLED = "<disabled>"
 
 
-def _parse_ifname(value: object) -> str:
+def parse_ifname(value: object) -> str:
+    """Take a name for an interface, or none. Raises InvalidError."""
     return check_name(str(value)) if value else ""
 
 
-def _parse_address(value: object) -> str:
+def parse_tap_address(value: object) -> str:
+    """Take an address with its prefix, or none. Raises InvalidError."""
     return str(parse_address(str(value))) if value else ""
 
 
-def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
+class TapHolder(Protocol):
+    """The attributes of a device that say how its TAP is."""
+
+    @property
+    def host_mac(self) -> str: ...
+    @property
+    def mtu(self) -> int: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def spin_us(self) -> int: ...
+
+
+def open_tap(device: TapHolder, ifname: str, *, up: bool) -> Tap:
+    """Make the TAP of a device. Raises NoDeviceError, PermissionDeniedError."""
     try:
         tap = Tap(ifname or "vbus%d", spin=spin(device.spin_us))
     except OSError as error:
@@ -50,7 +67,7 @@ def _open_tap(device: "SwitchTap | VenetTap", ifname: str, *, up: bool) -> Tap:
     return tap
 
 
-async def _pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
+async def pump(tap: Tap, forward: Callable[[FrameBatch], None]) -> None:
     """Hand on what the kernel sends, until the TAP is closed.
 
     Raises NoDeviceError when somebody else removed the interface.
@@ -85,9 +102,9 @@ class SwitchTap(Device):
 
     switch = attribute(str, doc="name of the switch")
     ifname = attribute(
-        _parse_ifname, default="", doc="the TAP's name; vbusN if not given"
+        parse_ifname, default="", doc="the TAP's name; vbusN if not given"
     )
-    address = attribute(_parse_address, default="", doc="IPv4 address with prefix")
+    address = attribute(parse_tap_address, default="", doc="IPv4 address with prefix")
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
     mtu = attribute(parse_mtu, default=1500, doc="without the Ethernet header")
     spin_us = attribute(parse_spin, default=SPIN_US, doc="see class venet")
@@ -101,7 +118,7 @@ class SwitchTap(Device):
 
     def setup(self) -> None:
         switch = find_switch(self, self.switch)
-        tap = _open_tap(self, self.ifname, up=True)
+        tap = open_tap(self, self.ifname, up=True)
         try:
             port = _TapPort(self.name, tap)
             switch.attach(port, MacAddress.parse(self.host_mac))
@@ -121,7 +138,7 @@ class SwitchTap(Device):
         port, switch = self._port, self._switch
         assert port is not None
         assert switch is not None
-        await _pump(port.tap, lambda batch: switch.forward(port, batch))
+        await pump(port.tap, lambda batch: switch.forward(port, batch))
 
     def statistics(self) -> TapStatistics | dict[str, int]:
         """A snapshot of the counters."""
@@ -132,9 +149,9 @@ class VenetTap(VenetBase):
     """A venet whose other side is a TAP of the host, without a switch."""
 
     ifname = attribute(
-        _parse_ifname, default="", doc="the TAP's name; vbusN if not given"
+        parse_ifname, default="", doc="the TAP's name; vbusN if not given"
     )
-    address = attribute(_parse_address, default="", doc="IPv4 address with prefix")
+    address = attribute(parse_tap_address, default="", doc="IPv4 address with prefix")
     host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
     enabled = attribute(
         bool, default=True, writable=True, doc="is the TAP there? The guest is told not"
@@ -157,7 +174,7 @@ class VenetTap(VenetBase):
         self._disable()
 
     def _enable(self) -> None:
-        self._tap = _open_tap(self, self._wanted, up=bool(self.address))
+        self._tap = open_tap(self, self._wanted, up=bool(self.address))
         self._tap.set_carrier(self.statistics().link_up)
         self.ifname = self._tap.name
         self._there.set(True)
@@ -189,7 +206,7 @@ class VenetTap(VenetBase):
         while True:
             await self._there.wait(True)
             assert self._tap is not None
-            await _pump(self._tap, self._deliver_all)
+            await pump(self._tap, self._deliver_all)
 
     def _deliver_all(self, batch: FrameBatch) -> None:
         self.deliver(batch, 0, len(batch))

@@ -30,7 +30,7 @@ _SPLIT_DRIVER, _SPLIT_DEVICE, _EVENT_AREA = 6, 6, 4
 
 
 @dataclass(frozen=True)
-class BusStatistics:
+class AdapterStatistics:
     """Kicks that reached the device; signals and those that crossed to the guest."""
 
     kicks: int
@@ -318,9 +318,9 @@ class VirtioOnBus(Device):
         )
         return kicks, signals, crossed
 
-    def bus_statistics(self) -> BusStatistics:
+    def adapter_statistics(self) -> AdapterStatistics:
         """A snapshot of what crossed the bus, over all connections."""
-        return BusStatistics(*self._counters())
+        return AdapterStatistics(*self._counters())
 
 
 def _check(data: bytes, size: int) -> None:
@@ -328,4 +328,4 @@ def _check(data: bytes, size: int) -> None:
         raise InvalidError(f"{len(data)} bytes where {size} are due")
 
 
-__all__ = ["BusStatistics", "Session", "VirtioOnBus"]
+__all__ = ["AdapterStatistics", "Session", "VirtioOnBus"]

@@ -12,7 +12,7 @@ with S_OK, so is every write that was given back before the FLUSH came.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -96,8 +96,7 @@ class _RefusedError(Exception):
         self.answer = answer
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     """A request whose header was read, once. `size`: bytes of data."""
 
     chain: Chain
@@ -241,10 +240,11 @@ class VirtioBlk(VirtioDevice):
         if chain.readable < HEADER.size or chain.writable < 1:
             raise MalformedError("a request without room for its header or status")
         kind, _, sector = HEADER.unpack(chain.read(0, HEADER.size))
-        size = {
-            Request.IN: chain.writable - 1,
-            Request.OUT: chain.readable - HEADER.size,
-        }.get(kind, 0)
+        size = 0
+        if kind == Request.IN:
+            size = chain.writable - 1
+        elif kind == Request.OUT:
+            size = chain.readable - HEADER.size
         if size % SECTOR or (size and sector + size // SECTOR > self.capacity):
             raise _RefusedError(Answer.IOERR)
         if kind in _CHANGES and self.image.read_only:

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import trio
+
 from backends.venet.base import parse_mac, parse_mtu
 from backends.venet.port import find_switch
-from backends.virtio.adapter import BusStatistics, VirtioOnBus
+from backends.venet.session import SPIN_US, parse_spin
+from backends.venet.tap import open_tap, parse_ifname, parse_tap_address
+from backends.virtio.adapter import AdapterStatistics, VirtioOnBus
 from backends.virtio.blk import BlkStatistics, VirtioBlk
 from backends.virtio.channels import Channel, LogFile, Pty, UnixSocket
 from backends.virtio.console import MAX_PORTS, ConsoleStatistics, Port, VirtioConsole
 from backends.virtio.device import VirtioStatistics
 from backends.virtio.image import DiskImage
 from backends.virtio.net import MAX_PAIRS, NetStatistics, VirtioNet
-from backends.virtio.netport import SwitchPort
+from backends.virtio.netport import SwitchPort, TapPort
 from backends.virtio.rng import RngStatistics, VirtioRng
 from vbus.device import Host, attribute
 from vbus.errors import InvalidError
@@ -39,7 +43,7 @@ class DeviceStatistics:
     """The virtio device's life, what it did, and what crossed the bus for it."""
 
     device: VirtioStatistics
-    bus: BusStatistics
+    adapter: AdapterStatistics
     io: BlkStatistics | NetStatistics | ConsoleStatistics | RngStatistics
 
 
@@ -54,7 +58,7 @@ class ConsoleDeviceStatistics(DeviceStatistics):
 
 
 def _statistics(device: VirtioOnBus, io: _Io) -> DeviceStatistics:
-    return DeviceStatistics(device.model.statistics(), device.bus_statistics(), io)
+    return DeviceStatistics(device.model.statistics(), device.adapter_statistics(), io)
 
 
 def parse_size(value: object) -> int:
@@ -106,6 +110,19 @@ def _parse_words(value: object) -> tuple[str, ...]:
     if not isinstance(value, Iterable):
         raise InvalidError(f"{value!r} is neither text nor a list")
     return tuple(str(word).strip() for word in value)
+
+
+def _parse_terminal(value: object) -> str:
+    """Take columns and rows, as 80x25."""
+    columns, times, rows = str(value).partition("x")
+    if not times:
+        raise InvalidError(f"{value!r} is not COLUMNSxROWS")
+    return f"{_between(columns, 1, 0xFFFF)}x{_between(rows, 1, 0xFFFF)}"
+
+
+def _columns_and_rows(terminal: str) -> tuple[int, int]:
+    columns, rows = terminal.split("x")
+    return int(columns), int(rows)
 
 
 def _parse_places(value: object) -> tuple[str, ...]:
@@ -203,9 +220,18 @@ def _make_image(path: Path, size: int) -> None:
 
 
 class VirtioNetDevice(VirtioOnBus):
-    """A network card on a port of a switch, whose address stays reserved."""
+    """A network card: on a port of a switch, where its address stays reserved, or with
+    a TAP of the host to itself."""
 
-    switch = attribute(str, doc="name of the switch")
+    switch = attribute(str, default="", doc="name of the switch")
+    ifname = attribute(
+        parse_ifname, default="", doc="instead of a switch: the TAP's name"
+    )
+    address = attribute(
+        parse_tap_address, default="", doc="the TAP's IPv4 address with prefix"
+    )
+    host_mac = attribute(parse_mac, default="", doc="the TAP's hardware address")
+    spin_us = attribute(parse_spin, default=SPIN_US, doc="the TAP's; see class venet")
     mac = attribute(
         parse_mac, default="", doc="made from the device's name if not given"
     )
@@ -218,12 +244,28 @@ class VirtioNetDevice(VirtioOnBus):
         super().__init__(name, host, **attributes)
         if not self.mac:
             self.mac = str(MacAddress.from_name(name))
+        if not self.host_mac:
+            self.host_mac = str(MacAddress.from_name(f"{name}/host"))
 
     def setup(self) -> None:
-        self._port = SwitchPort(self.name, find_switch(self, self.switch))
+        if bool(self.switch) == bool(self.ifname):
+            raise InvalidError("a card is on a switch, or has a TAP named by ifname")
+        self._port: SwitchPort | TapPort
+        if self.switch:
+            self._port = SwitchPort(self.name, find_switch(self, self.switch))
+        else:
+            self._port = TapPort(open_tap(self, self.ifname, up=bool(self.address)))
         address = MacAddress.parse(self.mac)
         self.model = VirtioNet(self._port, address, mtu=self.mtu, pairs=self.pairs)
         self._port.plug(self.model)
+
+    async def serve(self) -> None:
+        if isinstance(self._port, SwitchPort):
+            await super().serve()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._port.run)
+            await super().serve()
 
     def teardown(self) -> None:
         super().teardown()
@@ -247,6 +289,12 @@ class VirtioConsoleDevice(VirtioOnBus):
         default=_UNNAMED,
         doc="the ports' names; the first is a console",
     )
+    terminal = attribute(
+        _parse_terminal,
+        default="80x25",
+        writable=True,
+        doc="columns and rows of the first port",
+    )
 
     model: VirtioConsole
     places: _Words = ()
@@ -267,12 +315,16 @@ class VirtioConsoleDevice(VirtioOnBus):
                     for number, (channel, name) in enumerate(
                         zip(channels, names, strict=True)
                     )
-                ]
+                ],
+                size=_columns_and_rows(self.terminal),
             )
         except BaseException:
             for channel in channels:
                 channel.close()
             raise
+
+    def attribute_changed(self, name: str) -> None:
+        self.model.resize(*_columns_and_rows(self.terminal))
 
     def released(self) -> None:
         for port in self.model.ports:
@@ -281,7 +333,9 @@ class VirtioConsoleDevice(VirtioOnBus):
     def statistics(self) -> ConsoleDeviceStatistics:
         """A snapshot of the counters."""
         about = _statistics(self, self.model.io_statistics())
-        return ConsoleDeviceStatistics(about.device, about.bus, about.io, self.places)
+        return ConsoleDeviceStatistics(
+            about.device, about.adapter, about.io, self.places
+        )
 
 
 def _open_channel(place: str) -> Channel:

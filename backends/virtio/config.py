@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TypeAlias
 
 from vbus.errors import InvalidError
@@ -44,10 +45,15 @@ class Field:
     """The device itself changes it while a driver uses it."""
     written: Written = Written.NEVER
 
+    @cached_property
+    def codec(self) -> struct.Struct:
+        """What packs and unpacks it."""
+        return struct.Struct("<" + self.form)
+
     @property
     def size(self) -> int:
         """Bytes."""
-        return struct.calcsize("<" + self.form)
+        return self.codec.size
 
     @property
     def end(self) -> int:
@@ -71,9 +77,7 @@ class ConfigSpace:
     def get(self, name: str) -> Value:
         """A field's value. Raises KeyError."""
         field = self.fields[name]
-        value: Value = struct.unpack_from("<" + field.form, self._bytes, field.offset)[
-            0
-        ]
+        value: Value = field.codec.unpack_from(self._bytes, field.offset)[0]
         return value
 
     def number(self, name: str) -> int:
@@ -89,7 +93,7 @@ class ConfigSpace:
         """
         field = self.fields[name]
         try:
-            data = struct.pack("<" + field.form, value)
+            data = field.codec.pack(value)
         except struct.error as error:
             raise InvalidError(f"{name} cannot be {value!r}: {error}") from None
         for at in range(field.offset, field.end):

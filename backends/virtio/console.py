@@ -23,7 +23,7 @@ from backends.virtio.device import (
     MalformedError,
     VirtioDevice,
 )
-from vbus.errors import InvalidError, NotFoundError
+from vbus.errors import InvalidError
 from vbus.virtio.console import CONTROL_IN, CONTROL_OUT, MESSAGE, Event, Feature
 
 _CHUNK: Final = 64 << 10
@@ -214,16 +214,6 @@ class VirtioConsole(VirtioDevice):
             "<HH", self.config.number("rows"), self.config.number("cols")
         )
         self._send(0, Event.RESIZE, 1, size)
-
-    def set_connected(self, number: int, there: bool) -> None:
-        """Tell a driver with MULTIPORT whether somebody is at a port.
-
-        Raises NotFoundError.
-        """
-        if not 0 <= number < len(self.ports):
-            raise NotFoundError(f"there is no port {number}")
-        if self.multiport:
-            self._send(number, Event.PORT_OPEN, int(there))
 
     def _send(self, port: int, event: Event, value: int, data: bytes = b"") -> None:
         # A driver that asks without taking answers must not fill our memory.

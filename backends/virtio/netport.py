@@ -1,10 +1,7 @@
 """Where a VirtioNet is plugged in: a port of a switch, or a TAP of its own."""
 
-from dataclasses import dataclass, field
-
-import trio
-
 from backends.venet.switch import Port, Switch
+from backends.venet.tap import pump
 from backends.virtio.net import VirtioNet
 from vbus.errors import NoDeviceError
 from vbus.net import FrameBatch, MacAddress, Tap
@@ -48,37 +45,42 @@ class SwitchPort(Port):
             self._net.flush()
 
 
-@dataclass
 class TapPort:
-    """A TAP with nothing else on it; the TAP stays the caller's to close."""
+    """A TAP with nothing else on it, owned from here on; `unplug` closes it."""
 
-    tap: Tap
-    net: VirtioNet | None = field(default=None)
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        self._net: VirtioNet | None = None
+
+    def plug(self, net: VirtioNet) -> None:
+        """Connect the device."""
+        self._net = net
+
+    def unplug(self) -> None:
+        """Disconnect it."""
+        self._net = None
+        self.tap.close()
 
     def forward(self, batch: FrameBatch) -> None:
         """Send the driver's frames on (NetBackend)."""
-        self.tap.end.deliver(batch, 0, len(batch))
+        if self._net is not None:
+            self.tap.end.deliver(batch, 0, len(batch))
 
     def set_mac(self, mac: MacAddress) -> None:
         """Any address will do (NetBackend)."""
 
     async def run(self) -> None:
-        """Hand on what the kernel sends, until cancelled or the TAP is closed.
+        """Hand on what the kernel sends, until cancelled or unplugged.
 
-        Raises NoDeviceError when somebody else removed the interface.
+        When somebody else removes the interface the driver sees its cable pulled.
         """
-        batch = FrameBatch()
         try:
-            while True:
-                if self.tap.end.collect(batch):
-                    if self.net is not None:
-                        self.net.deliver(batch, 0, len(batch))
-                        self.net.flush()
-                    await trio.lowlevel.checkpoint()
-                else:
-                    await self.tap.wait()
-        except trio.ClosedResourceError:
-            await trio.lowlevel.checkpoint()
-        except OSError as error:
-            message = f"{self.tap.name} is gone: {error.strerror}"
-            raise NoDeviceError(message) from None
+            await pump(self.tap, self._deliver)
+        except NoDeviceError:
+            if self._net is not None:
+                self._net.set_link(False)
+
+    def _deliver(self, batch: FrameBatch) -> None:
+        if self._net is not None:
+            self._net.deliver(batch, 0, len(batch))
+            self._net.flush()

@@ -188,7 +188,7 @@ async def in_kernel(disk: Disk) -> AsyncIterator[str]:
             lent = trio.Event()
             nursery.start_soon(_lend_thread, fd, lent)
             try:
-                await _connected(node, lent)
+                await _connected(node, disk, lent)
                 nursery.start_soon(_follow_size, fd, disk)
                 yield f"/dev/{node}"
             finally:
@@ -210,12 +210,19 @@ async def _follow_size(fd: int, disk: Disk) -> None:
         fcntl.ioctl(fd, _SET_SIZE_BLOCKS, disk.size // SECTOR)
 
 
-async def _connected(node: str, ended: trio.Event) -> None:
+async def _connected(node: str, disk: Disk, ended: trio.Event) -> None:
     """Wait until the kernel uses it. Raises NoDeviceError."""
-    while not (_BLOCKS / node / "pid").exists():  # the kernel tells nobody
+    while not _is_used(node, disk):  # the kernel tells nobody
         if ended.is_set():
             raise NoDeviceError(f"the kernel does not take /dev/{node}")
         await trio.sleep(_LOOK_S)
+
+
+def _is_used(node: str, disk: Disk) -> bool:
+    """Is it connected? The kernel gives it its size only after its user's name."""
+    if not (_BLOCKS / node / "pid").exists():
+        return False
+    return not disk.size or int((_BLOCKS / node / "size").read_text()) > 0
 
 
 def _claim(sock: socket.socket, disk: Disk) -> tuple[str, int]:

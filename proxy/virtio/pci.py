@@ -206,7 +206,6 @@ STATUS, GENERATION = Common(20, 1), Common(21, 1)
 QUEUE_SELECT, QUEUE_SIZE, QUEUE_VECTOR = Common(22, 2), Common(24, 2), Common(26, 2)
 QUEUE_ENABLE, QUEUE_NOTIFY_OFF = Common(28, 2), Common(30, 2)
 QUEUE_ADDRESSES = 32
-QUEUE_RESET = Common(58, 2)
 
 
 class ModernTransport(PciTransport):

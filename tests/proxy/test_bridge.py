@@ -5,6 +5,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from proxy.bridge import BridgeDriver
 from proxy.guest import attach
 from tests.proxy.host import BUS, Host
 from vbus import abi
@@ -76,6 +77,28 @@ async def test_waiting_for_a_device_ends_when_the_host_goes(host: Host) -> None:
 
     with pytest.raises(NoDeviceError, match="host closed the connection"):
         await guest()
+
+
+async def test_cancelled_from_outside_it_closes_its_devices(host: Host) -> None:
+    """R60: the host's answers still come in while the guest leaves."""
+    path = await host.add_guest()
+    host.add("echo0")
+
+    async def guest(
+        task_status: trio.TaskStatus[BridgeDriver] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        async with attach(path) as bridge:
+            device = await bridge.device("echo0")
+            await device.open()
+            task_status.started(bridge)
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        bridge = await nursery.start(guest)
+        assert host.bridges["g1"].statistics().connections == 1
+        nursery.cancel_scope.cancel()
+    assert host.bridges["g1"].statistics().connections == 0
+    assert bridge.statistics().calls.fast_calls == 2  # DEVOPEN and DEVCLOSE
 
 
 async def test_open_by_name_is_looked_up_in_the_host(host: Host) -> None:

@@ -85,15 +85,19 @@ async def scribble(disk: Disk, model: bytearray, seed: int) -> None:
     await disk.flush()
 
 
+WAYS = {
+    "bridge": (("--bus", "bus0"), over_the_bridge),
+    "function": (("--expose", "pci"), as_a_function),
+}
+
+
 async def test_an_image_is_the_same_by_both_ways(tmp_path: Path) -> None:
     """R13, R62: written by one way it is read by the other, in both directions."""
     image = tmp_path / "image"
     model = bytearray(SIZE)
-    ways = [([], over_the_bridge), (["--expose", "pci"], as_a_function)]
     with Served(tmp_path, CONFIG) as served:
-        for turn in range(3):
-            words, way = ways[turn % 2]
-            words = words or ["--bus", "bus0"]
+        for turn, name in enumerate(("bridge", "function", "bridge")):
+            words, way = WAYS[name]
             await trio.to_thread.run_sync(add, served, image, f"size={SIZE}", *words)
             async with way(served) as disk:
                 assert await disk.read(0, SIZE) == model
@@ -162,20 +166,19 @@ async def test_a_guest_killed_under_load_leaves_the_disk_to_the_next(
         image = tmp_path / "image"
         words = [f"size={SIZE}", "--bus", "bus0"]
         await trio.to_thread.run_sync(add, served, image, *words)
-        for _ in range(2):
-            command = [sys.executable, "-c", GUEST, str(served.socket("g1"))]
-            guest = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
-            assert guest.stdout is not None
-            async with guest.stdout:
-                with trio.fail_after(20):
-                    assert (await guest.stdout.receive_some()).startswith(b"ready")
-                    busy = partial(served.ask, "stats", "devices/disk0/io/writes")
-                    before = await trio.to_thread.run_sync(busy)
-                    while await trio.to_thread.run_sync(busy) < before + 20:
-                        pass
-                guest.kill()
-                await guest.wait()
-            await until(lambda: free(served))
+        command = [sys.executable, "-c", GUEST, str(served.socket("g1"))]
+        guest = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+        assert guest.stdout is not None
+        async with guest.stdout:
+            with trio.fail_after(20):
+                assert (await guest.stdout.receive_some()).startswith(b"ready")
+                busy = partial(served.ask, "stats", "devices/disk0/io/writes")
+                before = await trio.to_thread.run_sync(busy)
+                while await trio.to_thread.run_sync(busy) < before + 20:
+                    pass
+            guest.kill()
+            await guest.wait()
+        await until(lambda: free(served))
         async with over_the_bridge(served) as disk:
             assert await disk.read(RECORD, RECORD) == b"x" * RECORD
 
@@ -283,20 +286,22 @@ class WriteLog:
 
 
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
+@pytest.mark.parametrize("name", WAYS)
 async def test_a_killed_daemon_loses_nothing_that_was_flushed(
-    tmp_path: Path, cache: str
+    tmp_path: Path, name: str, cache: str
 ) -> None:
     """Twice: writes and flushes under way, kill -9, and every mark holds."""
+    words, way = WAYS[name]
     image = tmp_path / "image"
     log = WriteLog(cache, durable=cache == "writethrough")
     for turn in range(2):
         folder = tmp_path / f"turn{turn}"
         folder.mkdir()
         with Served(folder, CONFIG) as served:
-            words = [f"size={SIZE}", f"cache={cache}", "--bus", "bus0"]
-            await trio.to_thread.run_sync(add, served, image, *words)
+            about = (f"size={SIZE}", f"cache={cache}", *words)
+            await trio.to_thread.run_sync(add, served, image, *about)
             try:
-                async with over_the_bridge(served) as disk:
+                async with way(served) as disk:
                     if turn == 0:
                         await log.lay(disk)
                     await log.work(disk, served.process.kill)

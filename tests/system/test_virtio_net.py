@@ -64,7 +64,7 @@ async def test_tcp_is_whole_between_cards_venets_and_the_host(tmp_path: Path) ->
             counted = served.ask("stats", "devices/card")
             sent = counted["io"]["tx_bytes"] / counted["io"]["tx_frames"]
             assert sent > 20_000  # segmentation is left to the last one
-            assert counted["bus"]["kicks"] <= counted["io"]["tx_frames"]
+            assert counted["adapter"]["kicks"] <= counted["io"]["tx_frames"]
 
 
 @isolated

@@ -16,6 +16,8 @@ from pathlib import Path
 Say = Callable[[str], None]
 # Nobody takes so long to make a folder.
 _ABANDONED_S = 86400
+# What was asked for so lately may be in use: a run of tests asks for its image once.
+_IN_USE_S = 3600
 
 
 def silent(words: str) -> None:
@@ -47,14 +49,16 @@ def folder(name: str, make: Callable[[Path], None], say: Say = silent) -> Path:
 def prune(prefix: str, keep: int) -> None:
     """Delete all but the `keep` folders used last whose names begin with `prefix`.
 
-    Nobody may count on a folder that he has not used for long. What makers that were
-    killed left behind goes, too.
+    Nobody may count on a folder that he has not asked for within an hour. What makers
+    that were killed left behind goes, too.
     """
     for left in root().glob(f".{prefix}*.new-*"):
         if _used_s(left) < time.time() - _ABANDONED_S:
             shutil.rmtree(left, ignore_errors=True)
     found = sorted(root().glob(f"{prefix}*"), key=_used_s, reverse=True)
     for place in found[keep:]:
+        if _used_s(place) > time.time() - _IN_USE_S:
+            continue
         shutil.rmtree(place, ignore_errors=True)
         (place.parent / f".{place.name}.lock").unlink(missing_ok=True)
 

@@ -15,7 +15,11 @@
 #include <stdio.h>
 #include <sys/eventfd.h>
 
-enum { MEMORY = 1 << 20, PATIENCE_MS = 2000, MAX = 256, ENTRIES = 4, SLOT = 256 };
+#ifndef PATIENCE_MS
+#define PATIENCE_MS 2000 /* a peer may lose its core for long, between work and bell */
+#endif
+
+enum { MEMORY = 1 << 20, MAX = 256, ENTRIES = 4, SLOT = 256 };
 enum { DESC = 0x1000, DRIVER = 0x3000, DEVICE = 0x4000, TABLES = 0x8000, DATA = 0x40000 };
 
 struct end {

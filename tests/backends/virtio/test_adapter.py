@@ -301,7 +301,7 @@ async def test_suppression_comes_before_the_signal(extra: int, signals: int) -> 
         guest.kick(0)
         await guest.settle()
         assert len(ring.collect(16)) == 8
-        assert guest.device.bus_statistics().signals == signals
+        assert guest.device.adapter_statistics().signals == signals
         assert bool(guest.signalled(0)) == bool(signals)
 
 
@@ -313,7 +313,7 @@ async def test_pending_stops_the_second_signal() -> None:
             ring.add_batch([((), ((guest.peer.allocate(64), 64),), token)])
             guest.kick(0)
             await guest.settle()
-        counted = guest.device.bus_statistics()
+        counted = guest.device.adapter_statistics()
         assert counted.signals == 4
         assert counted.crossed == 1
 

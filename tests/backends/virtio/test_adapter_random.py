@@ -128,7 +128,7 @@ async def test_no_guest_breaks_more_than_its_device(
         await guest.settle()
         model = guest.device.model
         assert model.statistics().resets > 10
-        assert guest.device.bus_statistics().kicks > 10
+        assert guest.device.adapter_statistics().kicks > 10
         assert await guest.status(0) == 0
         assert model.broken is None
         assert await guest.negotiate(RINGS) == SETUP | Status.FEATURES_OK

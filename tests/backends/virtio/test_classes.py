@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from backends.venet import Switch
 from backends.virtio.classes import (
@@ -13,10 +14,13 @@ from backends.virtio.classes import (
     VirtioRngDevice,
     parse_size,
 )
+from tests.netns import isolated
 from vbus.bus import BusModel
 from vbus.errors import BusyError, ExistsError, InvalidError, NotFoundError
+from vbus.net import interface
 from vbus.testing import check_device
 from vbus.virtio.blk import Feature
+from vbus.virtio.net import LINK_UP
 
 CLASSES = {
     "blk": VirtioBlkDevice,
@@ -159,6 +163,45 @@ def test_a_card_keeps_its_address_reserved(model: BusModel) -> None:
     model.remove_device("a")
     model.add_device("b", "net", {"switch": "sw", "mac": mac})
     model.remove_device("b")
+
+
+@pytest.mark.parametrize("attributes", [{}, {"switch": "sw", "ifname": "tap0"}])
+def test_a_card_is_in_one_place(model: BusModel, attributes: dict[str, str]) -> None:
+    model.add_device("sw", "switch")
+    with pytest.raises(InvalidError, match="on a switch, or has a TAP"):
+        model.add_device("a", "net", attributes)
+
+
+@isolated
+async def test_a_card_has_a_tap_to_itself(model: BusModel) -> None:
+    """R15: the TAP is there with its address; once it is removed the link is down."""
+    about = {"ifname": "card0", "address": "10.9.0.1/24", "mtu": 1400}
+    device = model.add_device("a", "net", about)
+    assert isinstance(device, VirtioNetDevice)
+    assert interface.get_mtu("card0") == 1400
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(device.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        assert device.model.config.number("status") == LINK_UP
+        await trio.run_process(["ip", "link", "del", "card0"])
+        with trio.fail_after(5):
+            while device.model.config.number("status"):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    model.remove_device("a")
+
+
+def test_a_terminals_size_is_configuration(model: BusModel) -> None:
+    device = model.add_device("con0", "console", {"terminal": "132x43"})
+    assert isinstance(device, VirtioConsoleDevice)
+    config = device.model.config
+    assert (config.number("cols"), config.number("rows")) == (132, 43)
+    model.set_attribute("con0", "terminal", "80x24")
+    assert (config.number("cols"), config.number("rows")) == (80, 24)
+    for wrong in ("80", "0x25", "axb"):
+        with pytest.raises(InvalidError):
+            model.set_attribute("con0", "terminal", wrong)
+    model.remove_device("con0")
 
 
 async def test_a_consoles_places_are_checked_and_found(

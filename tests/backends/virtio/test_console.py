@@ -12,7 +12,7 @@ from backends.virtio.channels import LogFile, Pty, UnixSocket
 from backends.virtio.console import Event, Feature, Port, VirtioConsole
 from backends.virtio.constants import Ring, Status, bits
 from tests.backends.virtio.rig import Rig, rigged, settle
-from vbus.errors import ExistsError, InvalidError, NotFoundError
+from vbus.errors import ExistsError, InvalidError
 
 PLAIN = bits(Ring.PACKED)
 MESSAGE = struct.Struct("<IHH")
@@ -151,10 +151,6 @@ async def test_ports_are_added_introduced_and_opened(double: VirtioConsole) -> N
         say(rig, 1, Event.PORT_READY, 1)
         assert await hear(rig) == (1, Event.PORT_NAME, 1, b"org.vbus.agent")
         assert await hear(rig) == (1, Event.PORT_OPEN, 1, b"")
-        double.set_connected(1, False)
-        assert await hear(rig) == (1, Event.PORT_OPEN, 0, b"")
-        with pytest.raises(NotFoundError):
-            double.set_connected(2, True)
 
 
 async def test_a_port_gets_input_once_the_driver_opened_it(
@@ -204,7 +200,7 @@ async def test_a_reset_forgets_what_was_open_and_unsaid(
 ) -> None:
     async with rigged(double) as rig:
         rig.start()
-        double.set_connected(1, False)
+        double.resize(100, 40)
         say(rig, 1, Event.PORT_OPEN, 1)
         await settle()
         rig.start()

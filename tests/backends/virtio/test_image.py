@@ -1,7 +1,8 @@
-"""Writes that are tried at once: only where they do not wait, or seldom do."""
+"""Images that are block devices; writes tried at once: where they seldom wait."""
 
 import errno
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +130,33 @@ def test_only_a_write_that_slept_is_slow(
 
     assert image.write_at_once(move, 0, 16, PAGE)
     assert image._pace.good() is not waits
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[Path]:
+    """A block device of this machine, where it gives us one."""
+    backing = tmp_path / "backing"
+    backing.write_bytes(bytes(1 << 20))
+    command = ["losetup", "--find", "--show", str(backing)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no losetup")
+    if done.returncode:
+        pytest.skip(f"no loop device: {done.stderr.strip()}")
+    node = done.stdout.strip()
+    yield Path(node)
+    subprocess.run(["losetup", "--detach", node], check=True)
+
+
+def test_a_block_device_is_as_good_as_a_file(loop: Path) -> None:
+    data = bytes(range(256)) * 64
+    with DiskImage(loop) as image:
+        assert image.is_block_device
+        assert image.sectors() == (1 << 20) // 512
+        image.write(8192, data, durable=True)
+        image.flush()
+        assert image.read(8192, len(data)) == data
+        image.write_zeroes(12288, 4096, unmap=False, durable=True)
+        image.discard(16384, 4096)
+        assert image.read(8192, 8192) == data[:4096] + bytes(4096)

@@ -415,7 +415,7 @@ async def test_the_hosts_kernel_answers_over_a_tap() -> None:
         tap.configure(address=ipaddress.IPv4Interface("10.9.0.1/24"), up=True)
         port = TapPort(tap)
         net = VirtioNet(port, A)
-        port.net = net
+        port.plug(net)
         ask = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + MAC_A
         ask += socket.inet_aton("10.9.0.2") + bytes(6) + socket.inet_aton("10.9.0.1")
         async with rigged(net) as rig, trio.open_nursery() as nursery:

@@ -1,5 +1,6 @@
 """The C headers of both ends under sanitizers: as threads, and against bad rings."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,13 +20,14 @@ RINGS = {
     "packed-event": PACKED | EVENT_IDX | INDIRECT,
 }
 FAILED = 1, 66  # an end that complains, ThreadSanitizer
+NO_FUZZER = 77
 
 
 def build(
-    where: Path, source: str, sanitizer: str | None, includes: list[Path]
+    where: Path, source: str, sanitizer: str | None, includes: list[Path], *more: str
 ) -> Path:
     program = where / f"{source}-{sanitizer}"
-    options = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    options = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *more]
     if sanitizer is not None:
         # gcc warns that it does not model fences; hand-over of data needs none.
         options += ["-Wno-tsan", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
@@ -79,15 +81,17 @@ def test_programs_of_a_hostile_driver(
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "ok\n")
 
 
-@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang, no libFuzzer")
 def test_a_fuzzer_that_sees_coverage_finds_nothing(tmp_path: Path) -> None:
-    """R12: a few seconds here; scripts/fuzz-virtqueue runs ten minutes."""
+    """R12: VBUS_FUZZ_S seconds; scripts/fuzz-virtqueue runs ten minutes."""
+    seconds = os.environ.get("VBUS_FUZZ_S", "2")
     done = subprocess.run(
-        [ROOT / "scripts" / "fuzz-virtqueue", "5", tmp_path],
+        [ROOT / "scripts" / "fuzz-virtqueue", seconds, tmp_path],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 + int(seconds),
     )
+    if done.returncode == NO_FUZZER:
+        pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
     assert "number_of_executed_units" in done.stderr
     assert (tmp_path / "corpus" / "program499").stat().st_size == 400
@@ -174,6 +178,7 @@ def test_a_look_after_the_wish_is_needed(tmp_path: Path, ring: str) -> None:
         vq_load_acquire(vq_packed_desc(q, q->at.next_avail)->flags), q);""",
     }[header]
     includes = spoil(tmp_path, DEVICE, header, old, "return (void)q, false;")
-    program = build(tmp_path, "sanitized_queue", None, includes)
+    impatient = "-DPATIENCE_MS=100"  # a peer that is only late proves the same
+    program = build(tmp_path, "sanitized_queue", None, includes, impatient)
     done = run(program, RINGS[ring], 64, 1_000_000, 1)
     assert (done.returncode, done.stderr) == (1, "lost kick\n")

@@ -208,4 +208,4 @@ def pattern(token: int, size: int) -> bytes:
 
 
 TestQueues = QueueMachine.TestCase
-TestQueues.settings = settings(max_examples=300)
+TestQueues.settings = settings(max_examples=100)

@@ -59,12 +59,9 @@ def run_ends(features: int, size: int, chains: int, seed: int, limit_s: float) -
 @pytest.mark.parametrize("size", [4, 256])
 @pytest.mark.parametrize("ring", RINGS)
 def test_no_chain_and_no_notification_is_lost(ring: str, size: int) -> None:
-    """R12, R27: a watchdog looks for sleepers with work."""
-    assert run_ends(RINGS[ring], size, 40_000, size, 60) > 0
+    """R12, R27: a watchdog looks for sleepers with work, while indices wrap.
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ring", RINGS)
-def test_a_million_chains(ring: str) -> None:
-    """R12: the same for longer; indices and laps wrap many times."""
-    run_ends(RINGS[ring], 64, 1_000_000, os.getpid(), 300)
+    VBUS_CHAINS of them go through each ring.
+    """
+    chains = int(os.environ.get("VBUS_CHAINS", "70000"))
+    assert run_ends(RINGS[ring], size, chains, size, 60 + chains / 5000) > 0

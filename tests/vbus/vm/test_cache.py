@@ -98,6 +98,13 @@ def test_prune_keeps_what_was_used_last(place: Path) -> None:
     assert kept == {"thing-c", "thing-b", "other"}
 
 
+def test_prune_spares_what_another_run_may_be_using(place: Path) -> None:
+    for name in "abc":
+        cache.folder(f"thing-{name}", fill)
+    cache.prune("thing-", 1)
+    assert len([path for path in place.iterdir() if path.is_dir()]) == 3
+
+
 def test_prune_sweeps_what_was_abandoned_long_ago(place: Path) -> None:
     old, new = place / ".thing-x.new-1", place / ".thing-x.new-2"
     old.mkdir(parents=True)

@@ -54,7 +54,7 @@ def apply(part: Bench, access: tuple[int, int, int, bytes | None]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sequence=st.lists(accesses(), max_size=60))
 def test_no_access_breaks_more_than_the_device(
     layout: str, sequence: list[tuple[int, int, int, bytes | None]]
