@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from vbus.compare import firmware, interrupts
@@ -96,8 +97,12 @@ class Limit:
     error: ExhaustedError | None
 
 
+@cache
 def find_limit(layout: Layout, platform: Platform) -> Limit:
-    """Lay out more and more devices, up to 8,192, until something runs out."""
+    """Lay out more and more devices, up to 8,192, until something runs out.
+
+    Remembered: reports, claims and maps ask for the same limits.
+    """
     fits, stops = 0, None
     error = None
     step = 1
@@ -106,7 +111,7 @@ def find_limit(layout: Layout, platform: Platform) -> Limit:
         try:
             lay_out(layout, middle, platform)
         except ExhaustedError as raised:
-            stops, error = middle, raised
+            stops, error = middle, raised.with_traceback(None)
         else:
             fits = middle
             if fits == _SEARCH_END:
