@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import trio
 
 from vbus.compare import machines, words
+from vbus.compare.measure import ROUND_S
 from vbus.vm import qemu
 from vbus.vm.image import GuestImage
 
@@ -23,7 +25,8 @@ async def test_a_round_measures_everything_on_a_machine(
     why = machines.unavailable()
     if why and not os.environ.get("VBUS_VM_REQUIRED"):
         pytest.skip(why)
-    found = await machines.one_round(way, COUNT, True)
+    with trio.fail_after(ROUND_S):
+        found = await machines.one_round(way, COUNT, True)
     bridge = way == "vbus-bridge"
     missing = ONLY_PROCESSES if bridge else ONLY_PROCESSES | ONLY_BRIDGE
     assert set(found.values) == set(words.MEASURES) - missing
