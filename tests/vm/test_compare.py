@@ -353,6 +353,7 @@ async def test_a_boot_costs_as_many_accesses_as_there_are_functions(
                 one["region_reads"][CONFIG_SPACE] + one["region_writes"][CONFIG_SPACE]
                 for one in found
             ]
+            print(f"8 devices, {count} functions: {sum(totals[count])} accesses")
 
     await with_each((1, 8), check)
     [one] = totals[1]

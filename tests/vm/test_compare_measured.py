@@ -1,6 +1,13 @@
 """`vbus compare --measure` on real machines: one round in each way, few devices."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,6 +18,7 @@ from vbus.vm import qemu
 from vbus.vm.image import GuestImage
 
 COUNT = 3
+WITHIN_S = 60
 VECTORS = {"vbus-bridge": 8, "function-each": 3 * COUNT}
 ONLY_PROCESSES = {"attach", "open_call_close", "call"}
 ONLY_BRIDGE = {"urgent_first", "urgent_first_high"}
@@ -31,7 +39,6 @@ async def test_a_round_measures_everything_on_a_machine(
     missing = ONLY_PROCESSES if bridge else ONLY_PROCESSES | ONLY_BRIDGE
     assert set(found.values) == set(words.MEASURES) - missing
     values = found.values
-    print(way, values, found.loads)
     assert values["functions"] == (1 if bridge else COUNT)
     assert values["vectors"] == VECTORS[way]
     assert values["shared_lines"] == 0
@@ -46,3 +53,45 @@ async def test_a_round_measures_everything_on_a_machine(
         assert one["messages_per_s"] > 0
     assert values["hot_add"] > 0
     assert values["hot_remove"] > 0
+
+
+def below(pid: int) -> dict[int, bytes]:
+    """Processes that one has started, at any depth, with their commands."""
+    found: dict[int, bytes] = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                found |= {child: command, **below(child)}
+    return found
+
+
+def test_ctrl_c_leaves_no_machine_behind(
+    emulator: qemu.Qemu, image: GuestImage
+) -> None:
+    """In the middle of a boot: a report, exit status 130, no QEMU and no daemon."""
+    if why := machines.unavailable():
+        pytest.skip(why)
+    words = ["--devices", "1", "--measure", "--guests", "vm", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vbus", "compare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    end = time.monotonic() + WITHIN_S
+    there: dict[int, bytes] = {}
+    try:
+        while not any(b"vfio-user-pci" in command for command in there.values()):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.02)
+            there = below(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WITHIN_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert json.loads(out)["interrupted"]
+    for pid in there:
+        assert not Path(f"/proc/{pid}").exists()
