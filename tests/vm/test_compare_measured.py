@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trio
 
 from vbus.compare import machines, words
+from vbus.compare.measure import ROUND_S
 from vbus.vm import qemu
 from vbus.vm.image import GuestImage
 
@@ -31,12 +33,12 @@ async def test_a_round_measures_everything_on_a_machine(
     why = machines.unavailable()
     if why and not os.environ.get("VBUS_VM_REQUIRED"):
         pytest.skip(why)
-    found = await machines.one_round(way, COUNT, True)
+    with trio.fail_after(ROUND_S):
+        found = await machines.one_round(way, COUNT, True)
     bridge = way == "vbus-bridge"
     missing = ONLY_PROCESSES if bridge else ONLY_PROCESSES | ONLY_BRIDGE
     assert set(found.values) == set(words.MEASURES) - missing
     values = found.values
-    print(way, values, found.loads)
     assert values["functions"] == (1 if bridge else COUNT)
     assert values["vectors"] == VECTORS[way]
     assert values["shared_lines"] == 0
@@ -79,12 +81,16 @@ def test_ctrl_c_leaves_no_machine_behind(
     )
     end = time.monotonic() + WITHIN_S
     there: dict[int, bytes] = {}
-    while not any(b"vfio-user-pci" in command for command in there.values()):
-        assert time.monotonic() < end
-        assert process.poll() is None
-        there = below(process.pid)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=WITHIN_S)
+    try:
+        while not any(b"vfio-user-pci" in command for command in there.values()):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.02)
+            there = below(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=WITHIN_S)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert json.loads(out)["interrupted"]
     for pid in there:

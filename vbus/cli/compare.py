@@ -97,10 +97,11 @@ def compare(
         from vbus.compare import plots
 
         plots.need_library()
+    kinds, why = _kinds(guests) if measured else ((), "")
     with _progress(run.STEPS) as step:
         report = run.model(PLATFORMS[platform], costs, devices, step)
     if measured and not report.interrupted:
-        report = _measure(report, devices, guests, rounds)
+        report = _measure(report, devices, kinds, rounds, why)
     _write_html(report, html_file)
     if as_json:
         click.echo(encode(report), nl=False)
@@ -135,26 +136,38 @@ def _load(path: Path) -> Costs:
     return check(load(path, Costs))
 
 
-def _measure(
-    report: Report, devices: tuple[int, ...], guests: str | None, rounds: int
-) -> Report:
-    from vbus.compare import machines, measure
+def _kinds(guests: str | None) -> tuple[tuple[str, ...], str]:
+    """Give the kinds of guest to measure, and why there are no machines among them.
 
-    kinds = {"process": [measure.PROCESS], "vm": [measure.MACHINE]}
-    chosen = kinds.get(guests or "both", [measure.PROCESS, measure.MACHINE])
-    why = ""
-    if measure.MACHINE in chosen:
-        if guests is not None:
-            machines.prepare(lambda what: click.echo(what, err=True))
-        why = machines.unavailable()
-        if why and guests is not None:
-            raise NoDeviceError(f"no virtual machine here: {why}")
-    if why:
-        click.echo(f"processes only, no virtual machine: {why}", err=True)
-        chosen = [measure.PROCESS]
-    subjects = measure.subjects(chosen, rounds)
+    Raises NoDeviceError, before anything is done, if those were asked for.
+    """
+    from vbus.compare import machines
+    from vbus.compare.measure import MACHINE, PROCESS
+
+    if guests == "process":
+        return (PROCESS,), ""
+    if guests is not None:
+        machines.prepare(lambda what: click.echo(what, err=True))
+    if not (why := machines.unavailable()):
+        return ((MACHINE,) if guests == "vm" else (PROCESS, MACHINE)), ""
+    if guests is not None:
+        raise NoDeviceError(f"no virtual machine here: {why}")
+    click.echo(f"processes only, no virtual machine: {why}", err=True)
+    return (PROCESS,), why
+
+
+def _measure(
+    report: Report,
+    devices: tuple[int, ...],
+    kinds: tuple[str, ...],
+    rounds: int,
+    why: str,
+) -> Report:
+    from vbus.compare import measure
+
+    subjects = measure.subjects(kinds, rounds)
+    missing = {"virtual machines": why} if why else {}
     with _progress(measure.steps(devices, subjects)) as step:
-        missing = {"virtual machines": why} if why else {}
         found, interrupted = measure.measure(devices, subjects, step, missing)
     return msgspec.structs.replace(report, measured=found, interrupted=interrupted)
 

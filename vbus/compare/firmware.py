@@ -23,7 +23,10 @@ from vbus.compare.space import ExhaustedError, Range, Space, align_down, align_u
 
 @dataclass(slots=True)
 class _Entry:
-    """A BAR, or the window of the bridge to `bus`; a small BAR may be given more."""
+    """A BAR, or the window of the bridge to `bus`; a small BAR may be given more.
+
+    A window that nothing needs has no size, but what it is put among is aligned to it.
+    """
 
     owner: str
     kind: Kind
@@ -167,11 +170,11 @@ def _window(
     size = align_up(_sum(inside), alignment)
     if not size and bus.windows.hot_plug and kind is not Kind.IO:
         size = alignment
-    if not size:
+    if not size and kind is Kind.IO:
         return None
     assert bus.bridge is not None
-    wide = kind is not Kind.IO and all(entry.wide for entry in inside)
-    wide = wide and bool(inside)
+    wide = kind is Kind.PREFETCHABLE and all(entry.wide for entry in inside)
+    wide = wide and (bool(inside) or not size)
     return _Entry(bus.bridge.name, kind, size, size, alignment, wide, bus)
 
 
@@ -231,6 +234,8 @@ class _Layer:
             base = self._put(entry, space, base)
 
     def _put(self, entry: _Entry, space: Space, base: int) -> int:
+        if not entry.size:
+            return base
         taken = space.place(base, entry.size, entry.owner)
         if taken.start % entry.alignment:
             raise ExhaustedError(space.name, f"{entry.owner} is not aligned")

@@ -1,6 +1,6 @@
 """Vectors and routes: given out until there are none, and then lines are shared."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vbus.compare.laid import disjoint
@@ -10,6 +10,7 @@ from vbus.compare.pci import Function
 PER_CPU = 0xEC - 0x21 - 17
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([(), (1,), (3, 2), (8, 1)]), max_size=400))
 def test_every_vector_is_given_once(wishes: list[tuple[int, ...]]) -> None:
     """R10, R14."""

@@ -1,5 +1,7 @@
 """Every layout really lays its devices out, by the rules of PCI, until it cannot."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tests.vbus.compare.laid import check
 from vbus.compare.layouts import LAYOUTS, lay_out
 from vbus.compare.layouts.base import find_limit
-from vbus.compare.pci import IO_WINDOW, Kind
+from vbus.compare.pci import IO_WINDOW, BarShape, Kind
 from vbus.compare.platforms import BARE, PLATFORMS, Q35, Platform
 from vbus.compare.space import ExhaustedError
 
@@ -162,3 +164,19 @@ def test_q35_runs_out_of_slots_before_bus_numbers() -> None:
     assert limit.devices == 30 * 8
     assert limit.error is not None
     assert limit.error.resource == "slots"
+
+
+def test_a_window_that_nothing_needs_aligns_its_neighbours() -> None:
+    """R21: as SeaBIOS does it, read off a guest. No four-BAR function has prefetchable
+    memory, but the bridge to two of them could forward some: so that of another
+    function begins at the granularity of windows."""
+    one = BarShape(Kind.PREFETCHABLE, 0x4000, wide=True)
+    other = dataclasses.replace(Q35, fixed=(*Q35.fixed, (1, 0, "other", (one,))))
+    places = {}
+    for devices in (1, 30):
+        laid = lay_out(LAYOUTS["four-bar"], devices, other)
+        [bar] = [bar for bar in laid.placement.bars if bar.function == "other"]
+        places[devices] = bar.range.start
+        kinds = {window.kind for window in laid.placement.windows}
+        assert kinds == ({Kind.MEMORY, Kind.IO} if devices == 30 else set())
+    assert places == {1: 0xFEBF_8000, 30: 0xFEA0_0000}

@@ -19,7 +19,7 @@ from vbus.compare.measure import (
     one_round,
 )
 from vbus.compare.round import Round
-from vbus.compare.subjects import FunctionEach, OneBridge, SubjectError, Way
+from vbus.compare.subjects import FunctionEach, OneBridge, SubjectError
 
 MANY = 4
 ONLY_MACHINES = {"boot", "bring_up", "shared_lines", "qemu_fds", "tcp_out", "tcp_in"}
@@ -33,13 +33,29 @@ def children() -> set[str]:
     return {pid for path in tasks for pid in path.read_text().split()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", [OneBridge(), FunctionEach()], ids=lambda way: way.name)
-async def test_a_round_measures_everything(way: Way, no_fd_leak: None) -> None:
-    """R62: the same devices both ways; functions and vectors are what was asked for."""
+@pytest.fixture(scope="module")
+def rounds() -> dict[str, tuple[Round, Round]]:
+    """A round with one device, and one with a few under load, in each way."""
     before = children()
-    found = await one_round(way, MANY, True)
-    each = isinstance(way, FunctionEach)
+    found = {
+        way.name: (
+            trio.run(one_round, way, 1, False),
+            trio.run(one_round, way, MANY, True),
+        )
+        for way in (OneBridge(), FunctionEach())
+    }
+    assert children() <= before
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", words.WAYS)
+def test_a_round_measures_everything(
+    rounds: dict[str, tuple[Round, Round]], name: str
+) -> None:
+    """R62: the same devices both ways; functions and vectors are what was asked for."""
+    _, found = rounds[name]
+    each = name == FunctionEach.name
     assert set(found.values) == KNOWN - ({"hot_remove"} if each else set())
     assert found.values["functions"] == (MANY if each else 1)
     assert found.values["vectors"] == (MANY if each else 8)
@@ -47,27 +63,27 @@ async def test_a_round_measures_everything(way: Way, no_fd_leak: None) -> None:
     for values in found.loads.values():
         assert set(values) == RINGED
         assert 0 < values["interrupts_per_1000"] <= 2000
-    assert children() <= before
 
 
 @pytest.mark.slow
-async def test_accesses_and_descriptors_grow_with_functions_only() -> None:
+def test_accesses_and_descriptors_grow_with_functions_only(
+    rounds: dict[str, tuple[Round, Round]],
+) -> None:
     """R10, R40, R41: counted by the server, the same for any number of devices behind
     one bridge; each function more costs as much again as the first."""
-    bridge = [await one_round(OneBridge(), n, False) for n in (1, MANY)]
-    each = [await one_round(FunctionEach(), n, False) for n in (1, MANY)]
+    bridge, each = rounds[OneBridge.name], rounds[FunctionEach.name]
     for name in ("config_accesses", "region_accesses"):
         assert bridge[0].values[name] == bridge[1].values[name] > 0
         assert each[1].values[name] == MANY * each[0].values[name] > 0
     more = [
-        MANY * rounds[1].values["fds_open"] - rounds[0].values["fds_open"]
-        for rounds in (bridge, each)
+        MANY * many.values["fds_open"] - one.values["fds_open"]
+        for one, many in (bridge, each)
     ]
     assert more[0] < more[1]
 
 
 @pytest.mark.slow
-async def test_devices_come_and_go_in_both_ways() -> None:
+async def test_devices_come_and_go_in_both_ways(no_fd_leak: None) -> None:
     """R8: behind the bridge no function comes with a device."""
     async with subjects.daemon() as host:
         way = OneBridge()
@@ -80,7 +96,9 @@ async def test_devices_come_and_go_in_both_ways() -> None:
         assert len(set(places)) == len(await host.control.request("guest.show")) == 3
 
 
-async def test_a_guest_that_ends_is_said_to_have_ended(tmp_path: Path) -> None:
+async def test_a_guest_that_ends_is_said_to_have_ended(
+    tmp_path: Path, no_fd_leak: None
+) -> None:
     nowhere = str(tmp_path / "nothing.sock")
     async with subjects.trial_guest(OneBridge(), 1, [nowhere], loaded=False) as guest:
         with pytest.raises(SubjectError, match="the guest ended"):

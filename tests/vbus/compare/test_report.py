@@ -12,7 +12,7 @@ import pytest
 
 from vbus.compare import run, table, words
 from vbus.compare.costs import PUBLISHED, TITLES, check
-from vbus.compare.platforms import BARE, Q35
+from vbus.compare.platforms import BARE
 from vbus.compare.result import (
     SCHEMA_FILE,
     Costs,
@@ -29,13 +29,6 @@ from vbus.compare.result import (
     schema_text,
 )
 from vbus.errors import InvalidError
-
-COUNTS = (1, 40)
-
-
-@pytest.fixture(scope="module")
-def report() -> Report:
-    return run.model(Q35, PUBLISHED, COUNTS)
 
 
 def measured(value: float, unit: str = "us") -> Quantity:

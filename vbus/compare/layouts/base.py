@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from vbus.compare import firmware, interrupts
@@ -79,13 +80,20 @@ class Laid:
 
 def lay_out(layout: Layout, devices: int, platform: Platform) -> Laid:
     """Lay out so many devices. Raises ExhaustedError naming what ran out."""
-    topology = platform.topology()
-    layout.plan(topology, devices)
-    topology.number()
-    placement = layout.place(topology, platform)
+    topology, placement = _placed(layout, devices, platform)
     functions = [function for _, function in topology.functions()]
     got = interrupts.assign(functions, platform.cpus)
     return Laid(layout, devices, topology, placement, got, enumerate_buses(topology))
+
+
+def _placed(
+    layout: Layout, devices: int, platform: Platform
+) -> tuple[Topology, Placement]:
+    """Give out what can run out: buses, slots, addresses. Raises ExhaustedError."""
+    topology = platform.topology()
+    layout.plan(topology, devices)
+    topology.number()
+    return topology, layout.place(topology, platform)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +104,21 @@ class Limit:
     error: ExhaustedError | None
 
 
+@cache
 def find_limit(layout: Layout, platform: Platform) -> Limit:
-    """Lay out more and more devices, up to 8,192, until something runs out."""
+    """Lay out more and more devices, up to 8,192, until something runs out.
+
+    Remembered: reports, claims and maps ask for the same limits.
+    """
     fits, stops = 0, None
     error = None
     step = 1
     while stops is None or stops - fits > 1:
         middle = min(step, _SEARCH_END) if stops is None else (fits + stops) // 2
         try:
-            lay_out(layout, middle, platform)
+            _placed(layout, middle, platform)
         except ExhaustedError as raised:
-            stops, error = middle, raised
+            stops, error = middle, raised.with_traceback(None)
         else:
             fits = middle
             if fits == _SEARCH_END:
