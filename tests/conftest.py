@@ -10,6 +10,7 @@ import pytest
 MACHINES = Path(__file__).with_name("vm")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a module's tests together, and virtual machines out of each other's way."""
     for item in items:
