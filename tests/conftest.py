@@ -1,21 +1,10 @@
-"""Fixtures for every test, and which of them one worker runs in a row."""
+"""Fixtures for every test."""
 
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-MACHINES = Path(__file__).with_name("vm")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a module's tests together, and virtual machines out of each other's way."""
-    for item in items:
-        apart = item.path if MACHINES not in item.path.parents else MACHINES
-        item.add_marker(pytest.mark.xdist_group(str(apart)))
 
 
 def open_fds() -> dict[int, str]:

@@ -267,7 +267,6 @@ def test_a_file_names_exposure_layout_and_user_beside_the_attributes() -> None:
         (['expose = "pci"', 'bus = "b"'], r"device\[0\]: .*leave b out"),
         (['layout = "modern"'], r"device\[0\]: layout, uid and spin_us go with"),
         (["uid = 3"], r"device\[0\]: layout, uid and spin_us go with"),
-        (["spin_us = 3"], r"device\[0\]: layout, uid and spin_us go with"),
         (['expose = "pci"', "spin_us = -1"], r"device\[0\]\.spin_us"),
         (['expose = "pci"', "uid = -1"], r"device\[0\]\.uid"),
     ],
