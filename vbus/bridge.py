@@ -276,7 +276,8 @@ class Bridge(ConfiguredFunction):
         self.config.resume(saved.config)
         if self.msix is not None:
             self.msix.resume(saved.msix)
-        self._shadow[:] = saved.calls[: len(self._shadow)].ljust(len(self._shadow))
+        size = len(self._shadow)
+        self._shadow[:] = saved.calls[:size].ljust(size, b"\0")
         if saved.session is not None:
             if not self.bus_master:
                 raise InvalidError("a session without bus mastering")

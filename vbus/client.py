@@ -152,8 +152,7 @@ class BusClient:
         if prepare is not None:
             prepare(connection)
         elif device.area_size:
-            size = -(-device.area_size // mmap.PAGESIZE) * mmap.PAGESIZE
-            self._give_area(connection, create_memfd("vbus-area", size))
+            self._give_area(connection, self._new_area(device.area_size))
         device.connections.add(connection)
         self._opening.add(connection)
         started = time.perf_counter_ns()
@@ -203,7 +202,6 @@ class BusClient:
         def ended(answer: Outcome[None]) -> None:
             self._opened(connection, answer, started)
             if connection.state is not State.OPEN:
-                self.release(connection)
                 return
             for shm in shared:
                 event = Event(EventId.SHMSIGNAL, shm.cookie, priority=shm.prio)
@@ -232,6 +230,7 @@ class BusClient:
         if self._trace.on:
             self._record("open", connection, connection.version, 0, answer, started)
         if isinstance(answer, Error):
+            self.release(connection)
             self._forget(connection)
         elif connection.state is State.ABORTED:
             connection.state = State.CLOSING
@@ -548,11 +547,23 @@ class BusClient:
             connection.area.clear()
             os.close(self._areas.pop(connection))
 
+    def _new_area(self, size: int) -> int:
+        """Make a memory file of whole pages."""
+        try:
+            return create_memfd("vbus-area", -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        except OSError as error:
+            raise NoSpaceError(f"{self._guest}: no area: {error.strerror}") from None
+
     def _give_area(self, connection: Connection, fd: int) -> None:
         """Map a memory file, which is owned from now on, as the connection's area."""
+        area = AddressSpace()
+        try:
+            area.map(0, os.fstat(fd).st_size, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        connection.area = area
         self._areas[connection] = fd
-        connection.area = AddressSpace()
-        connection.area.map(0, os.fstat(fd).st_size, fd)
 
     def _forget(self, connection: Connection) -> None:
         connection.state = State.CLOSED

@@ -1,12 +1,13 @@
 """A connection's life with async hooks: every racy state has a test here."""
 
 from collections.abc import AsyncIterator, Awaitable
-from errno import EBUSY, EEXIST, ENOENT, ETIMEDOUT
+from errno import EBUSY, EEXIST, EINVAL, ENOENT, ETIMEDOUT
 
 import pytest
 import trio
 import trio.testing
 
+from tests.conftest import open_fds
 from vbus import Connection, Device, SharedMemory, abi, call
 from vbus.abi import EventId
 from vbus.connection import Ended, State
@@ -230,6 +231,37 @@ async def test_an_open_that_is_cancelled_is_forgotten(stage: Stage) -> None:
     assert stage.device.log == ["open", "open cancelled"]
     assert not stage.device.connections
     stage.peer.detach()
+
+
+async def test_a_connections_area_goes_when_it_is_closed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Slow, "area_size", 1)
+    stage.pass_on()
+    handle = await stage.peer.open(0)
+    (connection,) = stage.device.connections
+    assert connection.area is not None
+    assert len(areas()) == 1
+    await stage.peer.close_device(handle)
+    assert areas() == []
+
+
+async def test_a_refused_open_leaves_no_area(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R51: a guest that opens again and again takes no descriptors."""
+    monkeypatch.setattr(Slow, "area_size", 1)
+    stage.pass_on()
+    stage.device.error = InvalidError("no")
+    with pytest.raises(OSError, match=str(EINVAL)):
+        await stage.peer.open(0)
+    assert areas() == []
+    stage.device.error = None
+
+
+def areas() -> list[str]:
+    """What this process has open of connections' areas."""
+    return [each for each in open_fds().values() if "vbus-area" in each]
 
 
 async def test_open_completes_just_when_the_client_goes(stage: Stage) -> None:
