@@ -29,6 +29,7 @@ from vbus.errors import (
     InvalidError,
     NotFoundError,
     VbusError,
+    innermost,
 )
 from vbus.exposed import ExposedDevice
 from vbus.guest import Guest
@@ -557,13 +558,6 @@ class Daemon:
             return
         for path in (self.runtime_dir, folder):
             path.chmod(path.stat().st_mode | stat.S_IXOTH)
-
-
-def innermost(error: BaseException) -> BaseException:
-    """Give the first exception that is no group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _raise_file_limit() -> None:

@@ -68,6 +68,13 @@ def class_of(errno: int) -> type[VbusError]:
     return kind
 
 
+def innermost(error: BaseException) -> BaseException:
+    """Give the first exception that is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 __all__ = [
     "BusyError",
     "CallTimeoutError",
@@ -84,4 +91,5 @@ __all__ = [
     "UnreachableError",
     "VbusError",
     "class_of",
+    "innermost",
 ]

@@ -11,7 +11,7 @@ import trio
 from vbus.bridge import Bridge
 from vbus.bus import BusModel, check_name
 from vbus.device import Device
-from vbus.errors import InvalidError, VbusError
+from vbus.errors import InvalidError, VbusError, innermost
 from vbus.tasks import BridgeTasks
 from vbus.vfio_user.server import VfioUserServer
 
@@ -87,7 +87,7 @@ def command(device_class: type[Device]) -> click.Command:
             values = dict(_attribute(text) for text in attributes)
             trio.run(_serve_until_signal, device_class, socket, values)
         except* (VbusError, OSError) as group:
-            raise click.ClickException(str(_first(group))) from None
+            raise click.ClickException(str(innermost(group))) from None
 
     return run_device
 
@@ -97,12 +97,6 @@ def _attribute(text: str) -> tuple[str, str]:
     if not equals:
         raise InvalidError(f"{text!r} is not NAME=VALUE")
     return name, value
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def run(device_class: type[Device]) -> None:

@@ -22,6 +22,7 @@ from vbus.errors import (
     NotFoundError,
     ProtocolError,
     VbusError,
+    innermost,
 )
 from vbus.net import FrameBatch, HostEnd
 from vbus.net._core import BELL_EVENTS, BELL_RX, BELL_TX
@@ -341,7 +342,5 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
     refusals, others = group.split(VbusError)
     if others is not None:
         return group if others.split(trio.Cancelled)[1] else others
-    found: BaseException = group if refusals is None else refusals
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found
+    found = group if refusals is None else refusals
+    return innermost(found)

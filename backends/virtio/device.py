@@ -41,7 +41,7 @@ from backends.virtio.features import Dependencies, closed, refusal
 from backends.virtio.queue import Chain, RingAddresses, VirtQueue
 from backends.virtio.saved import Records, Saved
 from shm import AddressSpace
-from vbus.errors import InvalidError, NotFoundError, VbusError
+from vbus.errors import InvalidError, NotFoundError, VbusError, innermost
 
 BATCH = 64
 
@@ -366,7 +366,7 @@ class VirtioDevice:
                     await self.drive(queue, ring)
                 except* VbusError as errors:
                     if ring.alive:
-                        self.fail(f"queue {queue.index}: {_first(errors)}")
+                        self.fail(f"queue {queue.index}: {innermost(errors)}")
 
     # Inside
 
@@ -428,12 +428,6 @@ class VirtioDevice:
             broken=self.broken,
             refusal=self._refusal,
         )
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 __all__ = [

@@ -15,7 +15,7 @@ import trio
 from proxy.guest import attach
 from vbus.bus import BusModel
 from vbus.config import Config, GuestConfig, parse
-from vbus.daemon import Daemon, Happening, innermost
+from vbus.daemon import Daemon, Happening
 from vbus.device import Connection, Device, attribute, call
 from vbus.errors import (
     BusyError,
@@ -23,6 +23,7 @@ from vbus.errors import (
     ExistsError,
     NoDeviceError,
     NotFoundError,
+    innermost,
 )
 from vbus.vfio_user.server import VfioUserServer
 

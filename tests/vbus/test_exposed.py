@@ -15,7 +15,7 @@ from shm import AddressSpace
 from vbus.bus import BusModel
 from vbus.config import Exposure, exposure, parse
 from vbus.control.client import ControlClient
-from vbus.daemon import Daemon, innermost
+from vbus.daemon import Daemon
 from vbus.device import Device, attribute
 from vbus.errors import (
     BusyError,
@@ -23,6 +23,7 @@ from vbus.errors import (
     InvalidError,
     NoDeviceError,
     VbusError,
+    innermost,
 )
 from vbus.pci.config_space import Bar, ConfigSpace, Identity
 from vbus.pci.function import ConfiguredFunction, PciFunction

@@ -33,6 +33,7 @@ from vbus.errors import (
     ProtocolError,
     VbusError,
     class_of,
+    innermost,
 )
 from vbus.memory import GuestMemory
 from vbus.vfio_user.transport import FdSocket, close_all
@@ -155,13 +156,13 @@ class BackendLink:
                 self._nursery.start_soon(self._watch_health)
                 await self._receive(up)
         except* (_Gone, _Hung, ProtocolError) as group:
-            cause = _first(group)
+            cause = innermost(group)
             orderly = isinstance(cause, _Gone)
             self._hung = isinstance(cause, _Hung)
             reason = str(cause)
         except* Exception as group:
             log.error("%s: serving it failed", self.name, exc_info=group)
-            orderly, reason = False, f"serving it failed: {_first(group)!r}"
+            orderly, reason = False, f"serving it failed: {innermost(group)!r}"
         finally:
             await self._end(orderly)
         return reason
@@ -609,9 +610,3 @@ def _sharing(
             shm.cookie,
         )
     ), fds
-
-
-def _first(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import trio
 
-from vbus.errors import UnreachableError, VbusError
+from vbus.errors import UnreachableError, VbusError, innermost
 
 ENTRY_POINT_GROUP = "vbus.commands"
 EXIT_REFUSED, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 1, 3, 4, 130
@@ -133,8 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explain(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong and give the exit status; re-raise what is a bug."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = innermost(error)
     if isinstance(error, click.Abort | KeyboardInterrupt):
         return EXIT_INTERRUPTED
     if isinstance(error, click.ClickException):

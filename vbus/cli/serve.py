@@ -10,8 +10,8 @@ import structlog
 import trio
 
 from vbus.config import Config, load, runtime_dir
-from vbus.daemon import Daemon, innermost
-from vbus.errors import ConfigError, PermissionDeniedError, VbusError
+from vbus.daemon import Daemon
+from vbus.errors import ConfigError, PermissionDeniedError, VbusError, innermost
 from vbus.logs import add_about
 from vbus.service.inherited import take
 from vbus.service.log import goes_to_journal, journal_formatter

@@ -127,12 +127,8 @@ def measured(guest: str, found: Measured, name: str) -> str:
     def draw(axes: "Axes") -> None:
         counts = sorted({at.devices for at in found.points})
         for number, way in enumerate(words.WAYS):
-            points = [
-                (at.devices, at.quantities[name])
-                for at in found.points
-                if at.layout == way and name in at.quantities
-            ]
-            _ranges(axes, number, points)
+            points = [at for at in found.points if at.layout == way]
+            _ranges(axes, number, name, [(at.devices, at.quantities) for at in points])
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
@@ -149,12 +145,8 @@ def measured_load(guest: str, found: Measured, name: str) -> str:
     def draw(axes: "Axes") -> None:
         steps = sorted({at.in_flight for at in found.loads})
         for number, way in enumerate(words.WAYS):
-            points = [
-                (at.in_flight, at.quantities[name])
-                for at in found.loads
-                if at.layout == way and name in at.quantities
-            ]
-            _ranges(axes, number, points)
+            loads = [at for at in found.loads if at.layout == way]
+            _ranges(axes, number, name, [(at.in_flight, at.quantities) for at in loads])
         axes.set_xscale("log")
         axes.set_xticks(steps, [str(step) for step in steps])
         axes.set_xticks([], minor=True)
@@ -164,9 +156,12 @@ def measured_load(guest: str, found: Measured, name: str) -> str:
     return _svg(f"measured-load-{guest}-{name}", 4.3, 3.1, draw)
 
 
-def _ranges(axes: "Axes", number: int, points: Iterable[tuple[int, Quantity]]) -> None:
+def _ranges(
+    axes: "Axes", number: int, name: str, points: Iterable[tuple[int, Quantities]]
+) -> None:
     """Draw medians as a line, and from lowest to highest as a band."""
-    samples = [(at, one.measured) for at, one in points if one.measured]
+    found = [(at, one[name]) for at, one in points if name in one]
+    samples = [(at, one.measured) for at, one in found if one.measured]
     xs = [at for at, _ in samples]
     colour = SERIES[number]
     axes.fill_between(

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
+from vbus.errors import innermost
+
 Values = dict[str, float]
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 128)
 """Messages under way at once, where load is tried."""
@@ -27,8 +29,5 @@ class Outcome(msgspec.Struct, forbid_unknown_fields=True):
 
 def reason(error: BaseException) -> str:
     """Say why a round could not be."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, trio.TooSlowError):
-        return "it took too long"
-    return str(error)
+    cause = innermost(error)
+    return "it took too long" if isinstance(cause, trio.TooSlowError) else str(cause)

@@ -13,7 +13,7 @@ import trio
 from vbus.cli.demo import report
 from vbus.cli.demo.scenario import Scenario
 from vbus.cli.demo.stage import DemoError, Stage
-from vbus.errors import VbusError
+from vbus.errors import VbusError, innermost
 
 
 def _scenario(
@@ -66,9 +66,7 @@ def main() -> int:
 
 def _explain(group: BaseExceptionGroup[Exception], log: str) -> int:
     """Say what failed, after the last lines that the processes said."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = innermost(group)
     for line in log.splitlines()[-10:]:
         print(line, file=sys.stderr)
     said = getattr(error, "stderr", None) or b""
